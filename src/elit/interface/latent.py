@@ -1,0 +1,218 @@
+"""Read, Write and the latent interface around the core of a transformer (arXiv 2603.12245, section 3).
+
+Shapes: B batch, N spatial tokens, G windows ("groups"), J latents and spatial tokens per window, J~ <= J latents in
+use, K = G * J~, D width. Latents are group-major, (B, G, J~, D): dropping the tail is a slice. Cross-attention stays
+inside a window and is one batched attention over B * G.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from elit.errors import ElitError
+from elit.interface.budget import Rounding, default_min_latents, to_level
+from elit.interface.grid import TokenGrid, Triple, coordinates, triple
+from elit.layers import CrossAttention, Mlp, Modulation, Rotary, RotaryTable, layer_norm, modulate, rotary
+
+
+@dataclass(frozen=True)
+class InterfaceConfig:
+    """What a latent interface is.
+
+    Attributes:
+        group_size: side of a window in tokens, or (time, height, width). J is the number of tokens in a window.
+        min_latents: smallest level J_min; None is J / 16, the paper's.
+        variant: ``paper`` (pre-norms everywhere, rotary positions) or ``published`` (the released SiT checkpoints:
+            queries of Read and inputs of Write not normalized, query-key norms over the full width, learned window
+            and latent positions, budgets rounded down).
+        write_depth: number of Write layers.
+        tail_visible: what becomes of the latents beyond the budget. False drops them everywhere (the paper). True
+            lets Read fill all J and Write see the dropped ones as Read left them (what the released checkpoints were
+            trained with); the core runs on J~ either way.
+    """
+
+    group_size: int | Triple = 4
+    min_latents: int | None = None
+    variant: Literal["paper", "published"] = "paper"
+    write_depth: int = 1
+    tail_visible: bool = False
+
+
+class Read(nn.Module):
+    """Latents pull what matters out of the spatial tokens of their window (Eq. 2)."""
+
+    def __init__(self, width: int, num_heads: int, variant: str) -> None:
+        super().__init__()
+        published = variant == "published"
+        self.query_norm = nn.Identity() if published else layer_norm(width)
+        self.context_norm = layer_norm(width)
+        self.attention = CrossAttention(width, num_heads, "width" if published else "head")
+        self.mlp_norm = layer_norm(width)
+        self.mlp = Mlp(width, width, bias=False)
+        self.modulation = Modulation(width, 7 if published else 6)  # the published seventh part is not used
+
+    def forward(self, latents: Tensor, s: Tensor, c: Tensor, rope: Rotary | None) -> Tensor:
+        """latents (B, G, J~, D), s (B, G, J, D), c (B, D) -> latents (B, G, J~, D)."""
+        shift_s, scale_s, gate_a, shift_m, scale_m, gate_m, *_ = self.modulation(c, s.dim())
+        context = modulate(self.context_norm(s), shift_s, scale_s)
+        read = self.attention(self.query_norm(latents).flatten(0, 1), context.flatten(0, 1), k_rope=rope)
+        latents = torch.addcmul(latents, gate_a, read.view_as(latents))
+        return torch.addcmul(latents, gate_m, self.mlp(modulate(self.mlp_norm(latents), shift_m, scale_m)))
+
+
+class Write(nn.Module):
+    """Spatial tokens take the result back from the latents of their window; zero-initialized."""
+
+    def __init__(self, width: int, num_heads: int, variant: str) -> None:
+        super().__init__()
+        published = variant == "published"
+        self.query_norm = nn.Identity() if published else layer_norm(width)
+        self.context_norm = nn.Identity() if published else layer_norm(width)
+        self.attention = CrossAttention(width, num_heads, "width" if published else "head")
+        self.mlp_norm = nn.Identity() if published else layer_norm(width)
+        self.mlp = Mlp(width, width, bias=False)
+
+    def forward(self, s: Tensor, latents: Tensor, rope: Rotary | None) -> Tensor:
+        """s (B, G, J, D), latents (B, G, J~, D) -> s (B, G, J, D)."""
+        query, context = self.query_norm(s).flatten(0, 1), self.context_norm(latents).flatten(0, 1)
+        s = s + self.attention(query, context, q_rope=rope).view_as(s)
+        return s + self.mlp(self.mlp_norm(s))
+
+    def init_weights(self) -> None:
+        nn.init.zeros_(self.attention.proj.weight)
+        nn.init.zeros_(self.attention.proj.bias)
+        nn.init.zeros_(self.mlp.fc2.weight)
+
+
+class Spatial(NamedTuple):
+    """What Write needs from Read: the spatial tokens in windows (B, G, J, D), and the latents beyond the budget, if
+    visible."""
+
+    windows: Tensor
+    tail: Tensor | None
+
+
+class LatentInterface(nn.Module):
+    """Read and Write around the core: ``latents, spatial = read(...)``, core blocks on the latents, ``write(latents,
+    spatial)``.
+
+    It knows no backbone: it needs tokens (B, N, D), a condition (B, D) and a level J~.
+
+    Args:
+        grid_size: tokens along (T, H, W) that the model is built for. Rotary positions work on other grids too.
+        rope_theta: base of the rotary frequencies.
+
+    Raises:
+        ElitError: windows that do not tile the grid, or an impossible ``min_latents``.
+    """
+
+    MAX_POSITIONS = 4096  # learned latent positions of the published checkpoints
+
+    def __init__(
+        self, config: InterfaceConfig, width: int, num_heads: int, grid_size: Triple, rope_theta: float
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.grid = TokenGrid(grid_size, triple(config.group_size))
+        self.head_dim = width // num_heads
+        self.rope_theta = rope_theta
+        self.num_latents = self.grid.window_tokens
+        smallest = default_min_latents(self.num_latents) if config.min_latents is None else config.min_latents
+        if not 1 <= smallest <= self.num_latents:
+            raise ElitError(f"min_latents is {smallest}; a window has 1 to {self.num_latents} latents")
+        self.levels = tuple(range(smallest, self.num_latents + 1))
+        self.rounding: Rounding = "down" if self.published else "nearest"
+
+        self.latents = nn.Parameter(torch.empty(self.num_latents, width))
+        self.read_layer = Read(width, num_heads, config.variant)
+        self.write_layers = nn.ModuleList(Write(width, num_heads, config.variant) for _ in range(config.write_depth))
+        if self.published:
+            if self.grid.num_tokens > self.MAX_POSITIONS:
+                raise ElitError(
+                    f"the published variant has {self.MAX_POSITIONS} latent positions, too few for "
+                    f"{self.grid.num_tokens} tokens; use variant='paper'"
+                )
+            self.read_positions = nn.Parameter(torch.empty(self.num_latents, width))
+            self.write_positions = nn.Parameter(torch.empty(self.num_latents, width))
+            # Row g * J + j is latent j of window g; rows past the grid's tokens are kept for saving back only.
+            self.latent_positions = nn.Parameter(torch.empty(self.MAX_POSITIONS, width))
+        else:
+            self.window_table = RotaryTable(coordinates(self.grid.window), self.head_dim, rope_theta)
+            self.core_table = RotaryTable(self.positions(self.grid), self.head_dim, rope_theta)
+
+    @property
+    def published(self) -> bool:
+        return self.config.variant == "published"
+
+    def init_weights(self) -> None:
+        for parameter in self.parameters(recurse=False):
+            nn.init.normal_(parameter, std=0.02)
+
+    def level(self, budget: float | None) -> int:
+        """J~ for a budget in (0, 1]; None is everything."""
+        return self.num_latents if budget is None else to_level(budget, self.levels, self.num_latents, self.rounding)
+
+    def grid_of(self, size: Triple) -> TokenGrid:
+        """Windows of a token grid that may differ from the one the interface was built for.
+
+        Raises:
+            ElitError: windows do not tile it, or the learned positions belong to another grid.
+        """
+        if size == self.grid.size:
+            return self.grid
+        if self.published:
+            raise ElitError(f"the learned latent positions are those of a {self.grid.size} grid, not of {size}")
+        return TokenGrid(size, self.grid.window)
+
+    def read(self, s: Tensor, c: Tensor, grid: TokenGrid, level: int) -> tuple[Tensor, Spatial]:
+        """Spatial tokens s (B, N, D) and condition c (B, D) -> J~ = ``level`` latents of every window, as (B, K, D)."""
+        windows = grid.to_windows(s)
+        if self.published:
+            windows = windows + self.read_positions
+        filled = self.num_latents if self.config.tail_visible else level
+        latents = self.latents[:filled].expand(s.shape[0], grid.num_windows, -1, -1)
+        latents = self.read_layer(latents, windows, c, self.window_rope())
+        if self.published:
+            positions = self.latent_positions[: grid.num_tokens].view(grid.num_windows, self.num_latents, -1)
+            latents = latents + positions[:, :filled]
+        tail = latents[:, :, level:] if filled > level else None
+        return latents[:, :, :level].flatten(1, 2), Spatial(windows, tail)
+
+    def write(self, latents: Tensor, spatial: Spatial, grid: TokenGrid) -> Tensor:
+        """Latents (B, K, D) after the core, and what :meth:`read` kept -> spatial tokens (B, N, D)."""
+        windows, tail = spatial
+        latents = latents.unflatten(1, (grid.num_windows, -1))
+        if tail is not None:
+            latents = torch.cat((latents, tail), dim=2)
+        if self.published:
+            windows = windows + self.write_positions
+        rope = self.window_rope()
+        for layer in self.write_layers:
+            windows = layer(windows, latents, rope)
+        return grid.from_windows(windows)
+
+    def window_rope(self) -> Rotary | None:
+        """Rotary positions (J, d / 2) of a window's tokens inside it, the same in every window; the latents are the
+        origin.
+
+        With them Read can tell the tokens of a window apart, and Write can put detail where it belongs.
+        """
+        return None if self.published else self.window_table()
+
+    def core_rope(self, grid: TokenGrid, level: int, device: torch.device) -> Rotary | None:
+        """Rotary positions (K, d / 2) of the latents: index in window, then row and column of the window (video:
+        time first)."""
+        if self.published:
+            return None
+        native = grid == self.grid
+        cos, sin = self.core_table() if native else rotary(self.positions(grid, device), self.head_dim, self.rope_theta)
+        by_window = (grid.num_windows, self.num_latents, -1)
+        return Rotary(cos.view(by_window)[:, :level].flatten(0, 1), sin.view(by_window)[:, :level].flatten(0, 1))
+
+    def positions(self, grid: TokenGrid, device: torch.device | None = None) -> Tensor:
+        """Coordinates (G * J, A) of all latents: index in window, then those of the window."""
+        place = coordinates(grid.shape, device)
+        index = torch.arange(self.num_latents, device=device).repeat(grid.num_windows)
+        return torch.cat((index[:, None], place.repeat_interleave(self.num_latents, dim=0)), dim=1)

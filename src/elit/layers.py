@@ -1,0 +1,285 @@
+"""The building blocks that the interface and every backbone share.
+
+Letters in shapes: B batch, L tokens of any kind, D width, H heads, d = D / H, A position axes.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    """LayerNorm without affine parameters: the modulation, where there is one, takes their place."""
+    return nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``x * (1 + scale) + shift``, with one (broadcast) shift and scale per sample."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class Modulation(nn.Module):
+    """Adaptive layer norm, zero-initialized (adaLN-Zero, Peebles & Xie 2023): condition (B, D) -> ``parts`` x (B,
+    D)."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(width, parts * width)
+
+    def forward(self, c: Tensor, dims: int) -> tuple[Tensor, ...]:
+        """Returns the parts shaped (B, 1, .., 1, D) with ``dims`` dimensions, ready to broadcast over tokens."""
+        out = self.linear(F.silu(c))
+        return out.view(c.shape[0], *(1,) * (dims - 2), -1).chunk(self.parts, dim=-1)
+
+    def init_weights(self) -> None:
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (tanh approximation), linear."""
+
+    def __init__(self, width: int, hidden: int, bias: bool = True) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+# ------------------------------------------------------------------------------------------------ positions
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of the rotation of each channel pair, both (L, d / 2)."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float) -> Rotary:
+    """Axial rotary embedding (Su et al. 2021) of integer or real positions (L, A).
+
+    The d / 2 channel pairs are shared out over the axes as evenly as possible, the first axes taking the rest;
+    an axis with n pairs turns pair k by ``position * theta ** (-k / n)``.
+    """
+    axes = positions.shape[-1]
+    pairs = [(head_dim // 2 + axes - 1 - axis) // axes for axis in range(axes)]
+    angles = [
+        positions[:, axis, None].double()
+        * theta ** (-torch.arange(n, device=positions.device, dtype=torch.float64) / max(n, 1))
+        for axis, n in enumerate(pairs)
+    ]
+    angle = torch.cat(angles, dim=-1)
+    return Rotary(angle.cos().float(), angle.sin().float())
+
+
+def rotate(x: Tensor, rope: Rotary) -> Tensor:
+    """Turns the channel pairs (k, k + d / 2) of x (..., L, d)."""
+    cos, sin = rope.cos.to(x.dtype), rope.sin.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class RotaryTable(nn.Module):
+    """A :func:`rotary` table kept beside the weights, so that a forward on the grid of training computes none."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, positions: Tensor, head_dim: int, theta: float) -> None:
+        super().__init__()
+        table = rotary(positions, head_dim, theta)
+        self.register_buffer("cos", table.cos, persistent=False)
+        self.register_buffer("sin", table.sin, persistent=False)
+
+    def forward(self) -> Rotary:
+        return Rotary(self.cos, self.sin)
+
+
+def sincos_table(positions: Tensor, width: int) -> Tensor:
+    """The fixed sine-cosine table of DiT for positions (L, 2) given as (row, column): (L, D).
+
+    The first half of the channels encodes the column, the second half the row; in each, sines then cosines.
+    """
+    frequencies = 10_000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+
+    def encode(position: Tensor) -> Tensor:
+        angle = torch.outer(position.double(), frequencies)
+        return torch.cat((angle.sin(), angle.cos()), dim=-1)
+
+    return torch.cat((encode(positions[:, 1]), encode(positions[:, 0])), dim=-1).float()
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+class FullWidthRMSNorm(nn.Module):
+    """RMS norm over the whole width, before the split into heads: ``weight * x / (rms(x) + 1e-5)``.
+
+    The published checkpoints need this epsilon outside the root (their Read and Write).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        rms = wide.square().mean(-1, keepdim=True).sqrt()
+        return self.weight * (wide / (rms + 1e-5)).to(x.dtype)
+
+
+QKNorm = Literal["none", "head", "width"]
+
+
+def qk_norm_pair(kind: QKNorm, width: int, num_heads: int) -> tuple[nn.Module, nn.Module]:
+    """Norms of queries and keys: none, RMS per head, or RMS over the full width (published Read and Write)."""
+    if kind == "head":
+        return nn.RMSNorm(width // num_heads, eps=NORM_EPS), nn.RMSNorm(width // num_heads, eps=NORM_EPS)
+    if kind == "width":
+        return FullWidthRMSNorm(width), FullWidthRMSNorm(width)
+    return nn.Identity(), nn.Identity()
+
+
+class Attention(nn.Module):
+    """What self- and cross-attention share: heads, norms of queries and keys, rotary positions, output projection."""
+
+    def __init__(self, width: int, num_heads: int, qk_norm: QKNorm) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_in_heads = qk_norm != "width"
+        self.q_norm, self.k_norm = qk_norm_pair(qk_norm, width, num_heads)
+        self.proj = nn.Linear(width, width)
+
+    def heads(self, x: Tensor, norm: nn.Module | None = None, rope: Rotary | None = None) -> Tensor:
+        """(B, L, D) -> (B, H, L, d), normalized and rotated where asked."""
+        if norm is not None and not self.norm_in_heads:
+            x = norm(x)
+        x = x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        if norm is not None and self.norm_in_heads:
+            x = norm(x)
+        return x if rope is None else rotate(x, rope)
+
+    def merge(self, out: Tensor) -> Tensor:
+        """(B, H, L, d) -> (B, L, D), projected."""
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class SelfAttention(Attention):
+    """Every token attends to every token."""
+
+    def __init__(self, width: int, num_heads: int, qk_norm: QKNorm = "none") -> None:
+        super().__init__(width, num_heads, qk_norm)
+        self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor, rope: Rotary | None = None) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k = self.heads(q, self.q_norm, rope), self.heads(k, self.k_norm, rope)
+        return self.merge(F.scaled_dot_product_attention(q, k, self.heads(v)))
+
+
+class CrossAttention(Attention):
+    """Queries (B, L, D) attend to a context (B, M, D)."""
+
+    def __init__(self, width: int, num_heads: int, qk_norm: QKNorm) -> None:
+        super().__init__(width, num_heads, qk_norm)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+
+    def project(
+        self, x: Tensor, context: Tensor, q_rope: Rotary | None, k_rope: Rotary | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values per head: (B, H, L, d), (B, H, M, d), (B, H, M, d)."""
+        k, v = self.kv(context).chunk(2, dim=-1)
+        return self.heads(self.q(x), self.q_norm, q_rope), self.heads(k, self.k_norm, k_rope), self.heads(v)
+
+    def forward(self, x: Tensor, context: Tensor, q_rope: Rotary | None = None, k_rope: Rotary | None = None) -> Tensor:
+        return self.merge(F.scaled_dot_product_attention(*self.project(x, context, q_rope, k_rope)))
+
+    def weights(self, x: Tensor, context: Tensor, q_rope: Rotary | None = None, k_rope: Rotary | None = None) -> Tensor:
+        """The attention weights (B, H, L, M) behind ``forward``: the same attention over an identity as values."""
+        q, k, _ = self.project(x, context, q_rope, k_rope)
+        identity = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand(*k.shape[:-1], -1)
+        return F.scaled_dot_product_attention(q, k, identity)
+
+
+# ------------------------------------------------------------------------------------------------ transformer
+
+
+class Block(nn.Module):
+    """The DiT block: self-attention and MLP, both under adaLN-Zero."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, qk_norm: QKNorm) -> None:
+        super().__init__()
+        self.attention_norm = layer_norm(width)
+        self.attention = SelfAttention(width, num_heads, qk_norm)
+        self.mlp_norm = layer_norm(width)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.modulation = Modulation(width, 6)
+
+    def forward(self, x: Tensor, c: Tensor, rope: Rotary | None) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c, x.dim())
+        x = torch.addcmul(x, gate_a, self.attention(modulate(self.attention_norm(x), shift_a, scale_a), rope))
+        return torch.addcmul(x, gate_m, self.mlp(modulate(self.mlp_norm(x), shift_m, scale_m)))
+
+
+class TimeEmbed(nn.Module):
+    """Time in [0, 1], (B,) -> (B, D): 128 cosines and sines, then an MLP."""
+
+    FREQUENCIES = 128
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(2 * self.FREQUENCIES, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        k = torch.arange(self.FREQUENCIES, dtype=torch.float32, device=t.device)
+        angle = t[:, None].float() * torch.exp(-math.log(10_000) / self.FREQUENCIES * k)
+        features = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.fc1.weight.dtype)
+        return self.fc2(F.silu(self.fc1(features)))
+
+    def init_weights(self) -> None:
+        for layer in (self.fc1, self.fc2):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+
+class FinalLayer(nn.Module):
+    """Tokens (B, N, D) -> patches (B, N, values); zero-initialized, so that a new model answers zero."""
+
+    def __init__(self, width: int, values: int) -> None:
+        super().__init__()
+        self.norm = layer_norm(width)
+        self.modulation = Modulation(width, 2)
+        self.linear = nn.Linear(width, values)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.modulation(c, x.dim())
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+    def init_weights(self) -> None:
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+
+def init_model(model: nn.Module) -> None:
+    """DiT's start: Xavier-uniform linear layers with zero biases, then whatever a part says of itself, children
+    first."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    for part in reversed(list(model.modules())):
+        init = getattr(part, "init_weights", None)
+        if init is not None:
+            init()

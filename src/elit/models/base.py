@@ -1,0 +1,92 @@
+"""What every backbone has: a configuration, budgets, and `save_pretrained` / `from_pretrained` / `push_to_hub`."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from elit.errors import ElitError
+from elit.interface import LatentInterface, check_budget
+
+
+class Model(nn.Module, PyTorchModelHubMixin, library_name="elit", license="apache-2.0"):
+    """A velocity model ``v = model(x, t, y, budget=...)``.
+
+    Attributes:
+        config: the dataclass that rebuilds it.
+        interface: its latent interface, or None.
+    """
+
+    config: Any
+    interface: LatentInterface | None
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The valid numbers of latents per window J~, ascending; empty without an interface."""
+        return () if self.interface is None else self.interface.levels
+
+    @property
+    def num_latents(self) -> int:
+        """J; 0 without an interface."""
+        return 0 if self.interface is None else self.interface.num_latents
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def level(self, budget: float | None) -> int:
+        """J~ for a budget; 0 without an interface.
+
+        Raises:
+            ElitError: a budget outside (0, 1], or below 1 without an interface.
+        """
+        if self.interface is not None:
+            return self.interface.level(budget)
+        if budget is not None and check_budget(budget) != 1:
+            raise ElitError(f"budget is {budget}, but this model has no latent interface: it always runs in full")
+        return 0
+
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input: (C, H, W)."""
+        size = self.config.input_size
+        return (self.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+    def check_labels(self, y: Tensor) -> None:
+        """Looks at the values of labels, once and at the user's edge (a forward does not).
+
+        Raises:
+            ElitError: a label outside 0..num_classes - 1 that is not the null class either.
+        """
+        classes = self.config.num_classes
+        wrong = y[(y < 0) | (y > classes)]
+        if len(wrong):
+            raise ElitError(f"label {int(wrong[0])} does not exist; the model knows 0..{classes - 1} (null: {classes})")
+
+    def null_condition(self, y: Tensor) -> Tensor:
+        """The condition of "no class" for each of y."""
+        return torch.full_like(y, self.config.num_classes)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from elit.models.files import save_model
+
+        save_model(self, save_directory)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Self:
+        from elit.models.files import load_model, resolve
+
+        hub = {k: options.get(k) for k in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
+        model = load_model(resolve(model_id, **hub))
+        if not isinstance(model, cls):
+            raise ElitError(f"{model_id} holds a {type(model).__name__}, not a {cls.__name__}")
+        return model

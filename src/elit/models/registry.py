@@ -1,0 +1,105 @@
+"""The named models, and `create`."""
+
+import re
+from dataclasses import fields, replace
+from typing import Any
+
+from elit.errors import ElitError
+from elit.interface import InterfaceConfig
+from elit.models.base import Model
+from elit.models.dit import DiT, DiTConfig
+
+ARCHITECTURES: dict[str, tuple[type[Model], type]] = {"DiT": (DiT, DiTConfig)}
+"""Model class and configuration by the name that a saved ``config.json`` carries."""
+
+SIZES = {  # depth, width, heads
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+SPLITS = {  # blocks in head and tail; only ELIT-SiT-XL was released
+    "DiT": {"S": (2, 2), "B": (3, 3), "L": (4, 4), "XL": (4, 4)},
+    "SiT": {"S": (2, 2), "B": (3, 3), "L": (4, 4), "XL": (8, 4)},
+}
+PATCH_SIZES = (1, 2, 4, 8)
+WINDOWS_PER_SIDE = 4  # 16 windows an image: group size 4 at 256px, 8 at 512px
+
+_NAME = re.compile(r"(?P<elit>ELIT-)?(?P<family>DiT|SiT)-(?P<size>S|B|L|XL)/(?P<patch>\d+)")
+
+
+def names() -> list[str]:
+    """Every name that :func:`create` knows."""
+    return [
+        f"{elit}{family}-{size}/{patch}"
+        for elit in ("", "ELIT-")
+        for family in SPLITS
+        for size in SIZES
+        for patch in PATCH_SIZES
+    ]
+
+
+def config_for(name: str, resolution: int | tuple[int, int] = 256, downsample: int = 8, **overrides: Any) -> DiTConfig:
+    """The configuration behind a name, see :func:`create`."""
+    found = _NAME.fullmatch(name)
+    if not found or int(found["patch"]) not in PATCH_SIZES:
+        raise ElitError(
+            f"no model is named {name!r}; names are [ELIT-]{{DiT,SiT}}-{{S,B,L,XL}}/{{1,2,4,8}}, like ELIT-SiT-XL/2"
+        )
+    family, patch = found["family"], int(found["patch"])
+    depth, width, num_heads = SIZES[found["size"]]
+    head_depth, tail_depth = SPLITS[family][found["size"]]
+    config = DiTConfig(
+        input_size=_input_size(resolution, downsample),
+        patch_size=patch,
+        width=width,
+        depth=depth,
+        num_heads=num_heads,
+        head_depth=head_depth,
+        tail_depth=tail_depth,
+        positions="rotary" if family == "DiT" else "sincos",
+        qk_norm=family == "DiT",
+    )
+    of_interface = {f.name for f in fields(InterfaceConfig)} & overrides.keys()
+    unknown = overrides.keys() - {f.name for f in fields(DiTConfig)} - of_interface
+    if unknown:
+        raise ElitError(f"{name} has no field {sorted(unknown)[0]!r}")
+    if of_interface and not found["elit"]:
+        raise ElitError(f"{name} has no latent interface, so no {sorted(of_interface)[0]!r}; take ELIT-{name}")
+    config = replace(config, **{k: v for k, v in overrides.items() if k not in of_interface})
+    if not found["elit"] or "interface" in overrides:
+        return config
+    chosen = {"group_size": _group_size(config), "variant": "paper" if family == "DiT" else "published"}
+    return replace(config, interface=InterfaceConfig(**(chosen | {k: overrides[k] for k in of_interface})))
+
+
+def create(name: str, resolution: int | tuple[int, int] = 256, downsample: int = 8, **overrides: Any) -> Model:
+    """A named model with fresh weights, drawn from torch's global generator.
+
+    Args:
+        name: ``DiT-B/2``, ``ELIT-SiT-XL/2``, ...: family, size and patch size (:func:`names` lists them all).
+        resolution: pixels of a side, or (height, width).
+        downsample: pixels per latent of the autoencoder; 1 for models on pixels.
+        overrides: any field of :class:`DiTConfig` or :class:`~elit.interface.InterfaceConfig`, such as
+            ``num_classes=10`` or ``group_size=8`` (unless given, 16 windows an image).
+
+    Raises:
+        ElitError: no such name or field, or sizes that do not fit.
+    """
+    return DiT(config_for(name, resolution, downsample, **overrides))
+
+
+def _input_size(resolution: int | tuple[int, int], downsample: int) -> int | tuple[int, ...]:
+    sides = (resolution,) if isinstance(resolution, int) else resolution
+    if any(side <= 0 or side % downsample for side in sides):
+        raise ElitError(f"resolution {resolution} is not a positive multiple of the autoencoder's {downsample}")
+    return resolution // downsample if isinstance(resolution, int) else tuple(s // downsample for s in resolution)
+
+
+def _group_size(config: DiTConfig) -> tuple[int, int, int]:
+    t, h, w = config.grid_size
+    if h % WINDOWS_PER_SIDE or w % WINDOWS_PER_SIDE:
+        raise ElitError(
+            f"a grid of {h}x{w} tokens has no {WINDOWS_PER_SIDE}x{WINDOWS_PER_SIDE} windows; give group_size"
+        )
+    return (2 if t % 2 == 0 else 1), h // WINDOWS_PER_SIDE, w // WINDOWS_PER_SIDE

@@ -1,0 +1,16 @@
+"""Random numbers as functions of a seed and of what they are for, never of what was drawn before."""
+
+import hashlib
+
+import torch
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on every part: ``derive_seed(seed, "noise", step)``."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded by :func:`derive_seed` of the parts."""
+    return torch.Generator(device).manual_seed(derive_seed(*parts))
