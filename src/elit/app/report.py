@@ -113,8 +113,8 @@ def read_copying(results: dict[str, Any]) -> str:
     verdict = "The model does not copy." if near < 0.05 else "Some samples are close to training images: look at them."
     return (
         f"<b>Memory.</b> The nearest training image of a sample is {copying['samples']:.3f} away (median, RMS of "
-        f"pixels in [-1, 1]), that of a held-out digit {copying['held-out images']:.3f}; {near:.1%} of the samples are nearer "
-        f"than 99 % of the held-out digits, where 1 % would be expected of new digits. {verdict}"
+        f"pixels in [-1, 1]), that of a held-out digit {copying['held-out images']:.3f}; {near:.1%} of the samples "
+        f"are nearer than 99 % of the held-out digits, where 1 % would be expected of new digits. {verdict}"
     )
 
 
