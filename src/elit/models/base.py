@@ -65,12 +65,12 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="elit", license="apach
         """Looks at the values of labels, once and at the user's edge (a forward does not).
 
         Raises:
-            ElitError: a label outside 0..num_classes - 1 that is not the null class either.
+            ElitError: a label outside 0..num_classes - 1. The null class is for guidance and training alone.
         """
         classes = self.config.num_classes
-        wrong = y[(y < 0) | (y > classes)]
+        wrong = y[(y < 0) | (y >= classes)]
         if len(wrong):
-            raise ElitError(f"label {int(wrong[0])} does not exist; the model knows 0..{classes - 1} (null: {classes})")
+            raise ElitError(f"label {int(wrong[0])} does not exist; the model knows 0..{classes - 1}")
 
     def null_condition(self, y: Tensor) -> Tensor:
         """The condition of "no class" for each of y."""
