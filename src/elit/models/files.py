@@ -12,7 +12,7 @@ from elit import __version__
 from elit.atomic import atomic_file
 from elit.errors import ElitError
 from elit.models.base import Model
-from elit.models.registry import ARCHITECTURES
+from elit.models.registry import ARCHITECTURES, model_class_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TRAINING = "training.safetensors"  # beside them in the checkpoint of a run: raw weights (``raw.*``) and optimizer state
@@ -42,25 +42,29 @@ def load_model(folder: str | Path) -> Model:
         ElitError: a missing, truncated or foreign file, an unknown key, or weights that do not fit the configuration.
     """
     folder = Path(folder)
-    model = model_from_config(folder / CONFIG)
+    config = read_config(folder / CONFIG)
+    model = model_class_of(config)(config)
     load_weights(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
     return model.eval()
 
 
-def model_from_config(path: Path) -> Model:
-    """A model with fresh weights from a ``config.json``."""
+def read_config(path: Path) -> Any:
+    """The configuration dataclass of a ``config.json``.
+
+    Raises:
+        ElitError: it is missing, no JSON, of an unknown architecture, or has an unknown key or a wrong type.
+    """
     try:
         described = json.loads(path.read_text())
         architecture = described.pop("architecture")
         described.pop("elit_version", None)
     except OSError as error:
         raise ElitError(f"no model in {path.parent}: cannot read {path.name} ({error.strerror})") from error
-    except (ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ElitError(f"{path} is not a model configuration of this library") from error
     if architecture not in ARCHITECTURES:
         raise ElitError(f"{path} names the architecture {architecture!r}; known are {', '.join(ARCHITECTURES)}")
-    model_class, config_class = ARCHITECTURES[architecture]
-    return model_class(decode(config_class, described, path))
+    return decode(ARCHITECTURES[architecture][1], described, path)
 
 
 def decode(config_class: type, values: dict[str, Any], source: Path) -> Any:

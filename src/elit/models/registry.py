@@ -28,6 +28,11 @@ WINDOWS_PER_SIDE = 4  # 16 windows an image: group size 4 at 256px, 8 at 512px
 _NAME = re.compile(r"(?P<elit>ELIT-)?(?P<family>DiT|SiT)-(?P<size>S|B|L|XL)/(?P<patch>\d+)")
 
 
+def model_class_of(config: object) -> type[Model]:
+    """The model class that a configuration builds."""
+    return next(model for model, of in ARCHITECTURES.values() if of is type(config))
+
+
 def names() -> list[str]:
     """Every name that :func:`create` knows."""
     return [
@@ -39,10 +44,15 @@ def names() -> list[str]:
     ]
 
 
+def is_name(name: str) -> bool:
+    """Whether :func:`create` knows a name."""
+    return name in names()
+
+
 def config_for(name: str, resolution: int | tuple[int, int] = 256, downsample: int = 8, **overrides: Any) -> DiTConfig:
     """The configuration behind a name, see :func:`create`."""
     found = _NAME.fullmatch(name)
-    if not found or int(found["patch"]) not in PATCH_SIZES:
+    if not found or not is_name(name):
         raise ElitError(
             f"no model is named {name!r}; names are [ELIT-]{{DiT,SiT}}-{{S,B,L,XL}}/{{1,2,4,8}}, like ELIT-SiT-XL/2"
         )
