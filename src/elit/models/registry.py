@@ -79,8 +79,10 @@ def config_for(name: str, resolution: int | tuple[int, int] = 256, downsample: i
     config = replace(config, **{k: v for k, v in overrides.items() if k not in of_interface})
     if not found["elit"] or "interface" in overrides:
         return config
-    chosen = {"group_size": _group_size(config), "variant": "paper" if family == "DiT" else "published"}
-    return replace(config, interface=InterfaceConfig(**(chosen | {k: overrides[k] for k in of_interface})))
+    chosen = {"variant": "paper" if family == "DiT" else "published"} | {k: overrides[k] for k in of_interface}
+    if "group_size" not in chosen:
+        chosen["group_size"] = _group_size(config)
+    return replace(config, interface=InterfaceConfig(**chosen))
 
 
 def create(name: str, resolution: int | tuple[int, int] = 256, downsample: int = 8, **overrides: Any) -> Model:

@@ -33,7 +33,16 @@ from torch.optim.swa_utils import AveragedModel
 from elit.atomic import atomic_file, atomic_folder
 from elit.errors import ElitError
 from elit.models import Model
-from elit.models.files import CONFIG, TRAINING, WEIGHTS, checkpoints, load_weights, read_tensors, save_model
+from elit.models.files import (
+    CONFIG,
+    TRAINING,
+    WEIGHTS,
+    checkpoints,
+    load_weights,
+    read_tensors,
+    save_model,
+    write_tensors,
+)
 
 RECORD = "training.json"
 GROWING = {"out", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped"}
@@ -73,8 +82,6 @@ def save_checkpoint(
     Raises:
         ElitError: the disk is full or the folder cannot be written; earlier checkpoints stay.
     """
-    from safetensors.torch import save_file
-
     target = run / "checkpoints" / f"step-{step:08d}"
     if target.exists():
         return target
@@ -86,7 +93,7 @@ def save_checkpoint(
         averaged = ema.module
         assert isinstance(averaged, Model)
         save_model(averaged, folder)
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / TRAINING)
+        write_tensors(folder / TRAINING, tensors)
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     for old in checkpoints(run)[: -max(1, keep)]:
         shutil.rmtree(old)
