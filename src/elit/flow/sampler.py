@@ -97,7 +97,7 @@ def sample(
 
 
 class _Problem(NamedTuple):
-    """What there is to integrate: a model over times, on states of some shape; and the image that a state stands for."""
+    """What a solver is given: a model, states of a shape, times; and how the last state becomes an image."""
 
     model: Callable[..., Tensor]
     shape: tuple[int, ...]
