@@ -45,8 +45,11 @@ def arguments(out: Path) -> list[str]:
 def contents(run: Path) -> dict[str, object]:
     """Everything that must agree: weights, average, optimizer state, and the log."""
     last = run / "checkpoints" / f"step-{STEPS:08d}"
-    tensors = {f"{name}/{k}": v for name in ("model", "training") for k, v in load_file(last / f"{name}.safetensors").items()}
-    return {**{k: v.numpy().tobytes() for k, v in tensors.items()}, "log": (run / "log.jsonl").read_text()}
+    found: dict[str, object] = {"log": (run / "log.jsonl").read_text()}
+    for name in ("model", "training"):
+        for key, value in load_file(last / f"{name}.safetensors").items():
+            found[f"{name}/{key}"] = value.numpy().tobytes()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,9 @@ def wait_for_line(log: Path, line: int, process: subprocess.Popen[bytes]) -> Non
 
 
 @pytest.mark.parametrize("kills", [(13,), (10, 31, 49)])
-def test_killed_run_ends_bit_identical(tmp_path: Path, uninterrupted: dict[str, object], kills: tuple[int, ...]) -> None:
+def test_killed_run_ends_bit_identical(
+    tmp_path: Path, uninterrupted: dict[str, object], kills: tuple[int, ...]
+) -> None:
     run = tmp_path / "run"
     for line in kills:
         process = subprocess.Popen(arguments(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
