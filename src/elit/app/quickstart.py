@@ -1,12 +1,9 @@
 """The first run: trains a small elastic model on real digits and shows what each budget costs and gives."""
 
 import json
-import os
-import platform
 import tempfile
 import time
 from dataclasses import asdict, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,8 @@ from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
-from elit import __version__
 from elit.analysis import attention_maps, count_flops, count_parameters, measure_latency, rank_correlation
+from elit.analysis.environment import environment
 from elit.app.train import show_progress
 from elit.atomic import atomic_file
 from elit.data import Data, digits
@@ -312,15 +309,3 @@ def measure(model: Model, config: TrainConfig, train: Data, held_out: Data) -> t
         "environment": environment(),
     }
     return results, {"grids": grids, "attention": maps}
-
-
-def environment() -> dict[str, Any]:
-    """What computed the numbers, and when."""
-    return {
-        "date": date.today().isoformat(),
-        "elit": __version__,
-        "torch": torch.__version__,
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
