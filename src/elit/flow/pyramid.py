@@ -84,7 +84,7 @@ class StageDensity:
 
     def draw(self, count: int, path: Path, generator: torch.Generator) -> tuple[Tensor, int]:
         """Times (count, S) in float32, 1 for the stages that are masked, and the number of active stages."""
-        weights = torch.tensor(self.weights, device=generator.device)
+        weights = torch.tensor(self.weights, dtype=torch.float64, device=generator.device)
         last = int(torch.multinomial(weights, 1, generator=generator))
         times = torch.ones(count, len(self.weights), device=generator.device)
         for stage in range(last + 1):
