@@ -45,6 +45,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = None
+    _refuse_existing(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -52,8 +53,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             _sync(file)
-        if path.exists():
-            raise ElitError(f"{path} exists already; remove it or choose another name")
+        _refuse_existing(path)  # it may have come meanwhile
         temporary.rename(path)
         _sync(path.parent)
     except OSError as error:
@@ -61,6 +61,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise ElitError(f"{path} exists already; remove it or choose another name")
 
 
 def _sync(path: Path) -> None:

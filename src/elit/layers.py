@@ -132,7 +132,7 @@ class FullWidthRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         rms = wide.square().mean(-1, keepdim=True).sqrt()
         return self.weight * (wide / (rms + 1e-5)).to(x.dtype)
 

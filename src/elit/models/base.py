@@ -65,16 +65,30 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="elit", license="apach
         """Looks at the values of labels, once and at the user's edge (a forward does not).
 
         Raises:
-            ElitError: a label outside 0..num_classes - 1 that is not the null class either.
+            ElitError: a label outside 0..num_classes - 1. The null class is for guidance and training alone.
         """
         classes = self.config.num_classes
-        wrong = y[(y < 0) | (y > classes)]
+        wrong = y[(y < 0) | (y >= classes)]
         if len(wrong):
-            raise ElitError(f"label {int(wrong[0])} does not exist; the model knows 0..{classes - 1} (null: {classes})")
+            raise ElitError(f"label {int(wrong[0])} does not exist; the model knows 0..{classes - 1}")
 
     def null_condition(self, y: Tensor) -> Tensor:
         """The condition of "no class" for each of y."""
         return torch.full_like(y, self.config.num_classes)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Writes ``config.json``, ``model.safetensors`` and a model card into a folder.
+
+        Args:
+            options: ``push_to_hub``, ``repo_id``, ... of :class:`~huggingface_hub.PyTorchModelHubMixin`.
+
+        Raises:
+            ElitError: the folder cannot be written.
+        """
+        try:
+            return super().save_pretrained(save_directory, **options)
+        except OSError as error:
+            raise ElitError(f"cannot save to {save_directory}: {error.strerror or error}") from error
 
     def _save_pretrained(self, save_directory: Path) -> None:
         from elit.models.files import save_model
@@ -82,11 +96,15 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="elit", license="apach
         save_model(self, save_directory)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Self:
-        from elit.models.files import load_model, resolve
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """:func:`elit.load`, and a check of the class.
 
-        hub = {k: options.get(k) for k in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
-        model = load_model(resolve(model_id, **hub))
+        Raises:
+            ElitError: nothing is there, it is damaged, or it is a model of another class.
+        """
+        from elit.models.files import load
+
+        model = load(pretrained_model_name_or_path, **options)
         if not isinstance(model, cls):
-            raise ElitError(f"{model_id} holds a {type(model).__name__}, not a {cls.__name__}")
+            raise ElitError(f"{pretrained_model_name_or_path} holds a {type(model).__name__}, not a {cls.__name__}")
         return model

@@ -14,7 +14,7 @@ from elit import __version__
 from elit.atomic import atomic_file
 from elit.errors import ElitError
 from elit.models.base import Model
-from elit.models.registry import ARCHITECTURES
+from elit.models.registry import ARCHITECTURES, model_class_of
 
 logger = logging.getLogger("elit")
 
@@ -28,43 +28,46 @@ def save_model(model: Model, folder: str | Path, weights: dict[str, Tensor] | No
     Raises:
         ElitError: the folder cannot be written.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
-    tensors = model.state_dict() if weights is None else weights
-    with atomic_file(folder / WEIGHTS) as path:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, {"format": "pt"})
+    write_tensors(folder / WEIGHTS, model.state_dict() if weights is None else weights)
     described = {"architecture": type(model).__name__, "elit_version": __version__, **asdict(model.config)}
     with atomic_file(folder / CONFIG) as path:
         path.write_text(json.dumps(described, indent=2) + "\n")
 
 
-def load_model(folder: str | Path) -> Model:
-    """The model that :func:`save_model` wrote into a folder, in evaluation mode on the CPU.
+def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> Model:
+    """The model that :func:`save_model` wrote into a folder, in evaluation mode on the CPU, by default as saved.
 
     Raises:
         ElitError: a missing, truncated or foreign file, an unknown key, or weights that do not fit the configuration.
     """
     folder = Path(folder)
-    model = model_from_config(folder / CONFIG)
-    load_weights(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    config = read_config(folder / CONFIG)
+    tensors = read_tensors(folder / WEIGHTS)
+    saved = next((value.dtype for value in tensors.values() if value.is_floating_point()), None)
+    model = model_class_of(config)(config).to(dtype or saved)
+    load_weights(model, tensors, folder / WEIGHTS)
     return model.eval()
 
 
-def model_from_config(path: Path) -> Model:
-    """A model with fresh weights from a ``config.json``."""
+def read_config(path: Path) -> Any:
+    """The configuration dataclass of a ``config.json``.
+
+    Raises:
+        ElitError: it is missing, no JSON, of an unknown architecture, or has an unknown key or a wrong type.
+    """
     try:
         described = json.loads(path.read_text())
         architecture = described.pop("architecture")
         described.pop("elit_version", None)
+        known = architecture in ARCHITECTURES
     except OSError as error:
         raise ElitError(f"no model in {path.parent}: cannot read {path.name} ({error.strerror})") from error
-    except (ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ElitError(f"{path} is not a model configuration of this library") from error
-    if architecture not in ARCHITECTURES:
+    if not known:
         raise ElitError(f"{path} names the architecture {architecture!r}; known are {', '.join(ARCHITECTURES)}")
-    model_class, config_class = ARCHITECTURES[architecture]
-    return model_class(decode(config_class, described, path))
+    return decode(ARCHITECTURES[architecture][1], described, path)
 
 
 def decode(config_class: type, values: dict[str, Any], source: Path) -> Any:
@@ -94,6 +97,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ElitError(f"no weights: {path} does not exist") from error
     except (SafetensorError, OSError) as error:
         raise ElitError(f"{path} is damaged or not a safetensors file ({error}); copy or save it again") from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file, whole or absent.
+
+    Raises:
+        ElitError: the folder cannot be written, or the disk is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_file(path) as temporary:
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"format": "pt"})
+        except SafetensorError as error:  # what it makes of an error of the system
+            raise ElitError(f"cannot write {path}: {error}") from error
 
 
 def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], source: object) -> None:
@@ -221,10 +240,10 @@ def load(
     given = [name for name, value in overrides.items() if value is not None]
     if given:
         raise ElitError(f"{source} says its {given[0]} itself; only for a published .pt file can it be given")
-    model = load_model(path)
+    model = load_model(path, dtype)
     if weights == "raw":
         raw = {k.removeprefix("raw."): v for k, v in read_tensors(path / TRAINING).items() if k.startswith("raw.")}
         load_weights(model, raw, path / TRAINING)
     kind = "saved model" if path == Path(source) else "run directory" if Path(source).is_dir() else "model of the Hub"
     logger.info("%s is a %s: %s weights of a %s from %s", source, kind, weights, type(model).__name__, path)
-    return model.to(device=device, dtype=dtype)
+    return model.to(device)

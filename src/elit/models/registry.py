@@ -30,6 +30,11 @@ WINDOWS_PER_SIDE = 4  # 16 windows an image: group size 4 at 256px, 8 at 512px
 NAME = re.compile(r"(?P<elit>ELIT-)?(?P<family>DiT|SiT|DFM-SiT)-(?P<size>S|B|L|XL)/(?P<patch>\d+)")
 
 
+def model_class_of(config: object) -> type[Model]:
+    """The model class that a configuration builds."""
+    return next(model for model, of in ARCHITECTURES.values() if of is type(config))
+
+
 def names() -> list[str]:
     """Every name that :func:`create` knows."""
     return [
@@ -41,10 +46,15 @@ def names() -> list[str]:
     ]
 
 
+def is_name(name: str) -> bool:
+    """Whether :func:`create` knows a name."""
+    return name in names()
+
+
 def config_for(name: str, resolution: int | tuple[int, int] = 256, downsample: int = 8, **overrides: Any) -> DiTConfig:
     """The configuration behind a name, see :func:`create`."""
     found = NAME.fullmatch(name)
-    if not found or int(found["patch"]) not in PATCH_SIZES[found["family"]]:
+    if not found or not is_name(name):
         raise ElitError(
             f"no model is named {name!r}; names are [ELIT-]{{DiT,SiT,DFM-SiT}}-{{S,B,L,XL}}/{{1,2,4,8}}, like "
             "ELIT-SiT-XL/2 (for DFM-SiT, the patch size is at least 2)"
@@ -73,8 +83,10 @@ def config_for(name: str, resolution: int | tuple[int, int] = 256, downsample: i
     config = replace(config, **{k: v for k, v in overrides.items() if k not in of_interface})
     if not found["elit"] or "interface" in overrides:
         return config
-    chosen = {"group_size": _group_size(config), "variant": "paper" if family == "DiT" else "published"}
-    return replace(config, interface=InterfaceConfig(**(chosen | {k: overrides[k] for k in of_interface})))
+    chosen = {"variant": "paper" if family == "DiT" else "published"} | {k: overrides[k] for k in of_interface}
+    if "group_size" not in chosen:
+        chosen["group_size"] = _group_size(config)
+    return replace(config, interface=InterfaceConfig(**chosen))
 
 
 def create(name: str, resolution: int | tuple[int, int] = 256, downsample: int = 8, **overrides: Any) -> Model:

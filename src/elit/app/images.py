@@ -1,0 +1,27 @@
+"""Tensors as pictures."""
+
+import math
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Pixels in [-1, 1] (B, C, H, W) -> bytes (B, H, W, C), rounded to the nearest."""
+    return ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def to_grid(images: Tensor, columns: int | None = None, gap: int = 2, smallest: int = 64) -> Image.Image:
+    """Images (B, C, H, W) side by side in rows, small ones enlarged (nearest) to at least ``smallest`` pixels."""
+    pixels = to_uint8(images)
+    count, height, width, channels = pixels.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    canvas = torch.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=torch.uint8)
+    for i, image in enumerate(pixels):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    picture = Image.fromarray(canvas.squeeze(-1).numpy())
+    factor = max(1, smallest // height)
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)

@@ -1,0 +1,104 @@
+"""The `elit` command: one verb, one function that anyone can also call.
+
+Every option is a parameter of the function, and every parameter may come from ``--config FILE.yaml``.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from elit import __version__
+from elit.app.info import info
+from elit.app.quickstart import quickstart
+from elit.app.sample import sample_images
+from elit.app.train import train
+from elit.errors import ElitError
+from elit.training.config import TrainConfig
+
+VERBS: dict[str, Callable[..., object]] = {
+    "quickstart": quickstart,
+    "train": train,
+    "sample": sample_images,
+    "info": info,
+}
+
+
+class Parser(ArgumentParser):
+    """Errors in one sentence, options with dashes."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ElitError(_sentence(str(ex or message)))
+
+    def format_help(self, *args: Any) -> str:
+        return re.sub(r"(?<=--)[a-z_.]+", lambda option: option[0].replace("_", "-"), super().format_help(*args))
+
+
+def make_parser() -> Parser:
+    """The parser of all verbs."""
+    parser = Parser(
+        prog="elit",
+        description="Elastic diffusion transformers: one set of weights, many budgets.",
+        version=__version__,
+    )
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    verbs = parser.add_subcommands(required=True, dest="verb")
+    for name, function in VERBS.items():
+        summary = (function.__doc__ or "").splitlines()[0]
+        verb = Parser(description=summary, usage=f"elit {name} [OPTIONS]", allow_abbrev=False)
+        verb.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below.")
+        if function is train:
+            verb.add_class_arguments(TrainConfig, as_group=False)
+        else:
+            verb.add_function_arguments(function, as_group=False, as_positional=name == "info")
+        verbs.add_subcommand(name, verb, help=summary)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb and returns the exit code: 0, 2 for a wrong input, 130 after Ctrl-C."""
+    arguments = [_with_underscores(a) for a in (sys.argv[1:] if argv is None else argv)]
+    debug = "--debug" in arguments
+    try:
+        parser = make_parser()
+        chosen = parser.instantiate(parser.parse_args(arguments))
+        options: Namespace = chosen[chosen.verb]
+        values: dict[str, Any] = {k: v for k, v in vars(options).items() if k not in ("config", "__path__")}
+        if chosen.verb == "train":
+            train(TrainConfig(**values))
+        else:
+            VERBS[chosen.verb](**values)
+    except (ElitError, OSError) as error:
+        if debug:
+            raise
+        print(f"elit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nelit: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _with_underscores(argument: str) -> str:
+    """``--num-images=4`` -> ``--num_images=4``: parameters have underscores, options may have either."""
+    option, equals, value = argument.partition("=")
+    return option[:2] + option[2:].replace("-", "_") + equals + value if option.startswith("--") else argument
+
+
+def _sentence(message: str) -> str:
+    """What jsonargparse has to say, on one line and in plain words."""
+    text = " ".join(line.strip(" -") for line in message.splitlines())
+    text = re.sub(r"""Parser key ["']([\w.]+)["']:""", r"\1:", text)
+    for python, plain in (
+        ("<class 'int'>", "whole number"),
+        ("<class 'float'>", "number"),
+        ("typing.Literal", "choice of "),
+    ):
+        text = text.replace(python, plain)
+    return f"{text} (see elit VERB --help)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""What training needs of data."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Data(Protocol):
+    """Samples in the model's space, with labels."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels; 0 for unlabelled data."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample: (C, H, W)."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples (B, C, H, W) and labels (B,) at indices (B,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set in memory.
+
+    Attributes:
+        images: (M, C, H, W).
+        labels: (M,).
+        num_classes: number of labels.
+    """
+
+    images: Tensor
+    labels: Tensor
+    num_classes: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.images.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self.images[indices], self.labels[indices]

@@ -1,0 +1,25 @@
+"""Which samples make up which batch: a function of (seed, step), so that any resume sees the same data."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from elit.seeding import generator
+
+
+@lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, length: int) -> Tensor:
+    """The order of one epoch: (length,) indices."""
+    return torch.randperm(length, generator=generator(seed, "epoch", epoch))
+
+
+def batch_indices(seed: int, step: int, batch_size: int, length: int) -> Tensor:
+    """Indices (batch_size,) of one training step.
+
+    Epochs follow each other without a gap: a batch may end one and begin the next.
+    """
+    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epochs, places = positions // length, positions % length
+    parts = [permutation(seed, int(epoch), length)[places[epochs == epoch]] for epoch in epochs.unique()]
+    return torch.cat(parts)

@@ -1,0 +1,39 @@
+"""The Frechet distance between two sets of features."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from elit.errors import ElitError
+
+
+class Moments(NamedTuple):
+    """Mean (F,) and covariance (F, F) of features, float64."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
+def moments(features: Tensor) -> Moments:
+    """Of features (M, F), the covariance with M - 1.
+
+    Raises:
+        ElitError: fewer than two samples.
+    """
+    if len(features) < 2:
+        raise ElitError(f"a Frechet distance needs at least 2 samples, not {len(features)}")
+    features = features.double()
+    return Moments(features.mean(0), features.T.cov())
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """``|mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2)`` (Dowson & Landau 1982; Heusel et al. 2017).
+
+    Both roots are of symmetric matrices, so no complex number appears.
+    """
+    values, vectors = torch.linalg.eigh(a.covariance)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp_min(0).sqrt().sum()
+    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
+    return max(0.0, float(distance))

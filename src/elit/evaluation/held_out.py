@@ -1,0 +1,48 @@
+"""What held-out data say of a model, without sampling; and what samples say of memory."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from elit.data import Data
+from elit.flow import TimeDensity, flow_matching_loss, path_named
+from elit.models import Model
+from elit.seeding import generator
+
+
+@torch.inference_mode()
+def held_out_loss(
+    model: Model,
+    data: Data,
+    budget: float | None,
+    times: TimeDensity,
+    path: str = "linear",
+    draws: int = 1,
+    seed: int = 0,
+    batch_size: int = 360,
+) -> Tensor:
+    """Flow-matching loss of every sample and draw: (draws * M,).
+
+    Times and noise depend on the seed alone: two budgets or two models see the same, so their difference is far less
+    noisy than either.
+    """
+    losses = []
+    for draw in range(draws):
+        for start in range(0, len(data), batch_size):
+            x, y = data.batch(torch.arange(start, min(start + batch_size, len(data))))
+            rng = generator(seed, "held-out", draw, start)
+            t = times.draw(len(x), path_named(path), rng)
+            noise = torch.randn(x.shape, generator=rng)
+            x, y, t, noise = (part.to(model.device) for part in (x, y, t, noise))
+            labels = y if model.config.num_classes else None
+            velocity = partial(model, y=labels, budget=budget)
+            losses.append(flow_matching_loss(velocity, x, t, noise, path_named(path)).cpu())
+    return torch.cat(losses)
+
+
+def nearest_distance(images: Tensor, others: Tensor, batch_size: int = 500) -> Tensor:
+    """Root-mean-square pixel distance from each image (M, C, H, W) to the nearest of others: (M,)."""
+    flat = others.flatten(1)
+    nearest = [torch.cdist(part.flatten(1), flat).amin(1) for part in images.split(batch_size)]
+    return torch.cat(nearest) / flat.shape[1] ** 0.5

@@ -1,0 +1,203 @@
+"""A run on disk, and its exact resume.
+
+::
+
+    run/
+      config.yaml                    what was asked for
+      log.jsonl                      one line per logged step
+      tensorboard/
+      checkpoints/step-00001000/     whole or absent
+        config.json                  the model, and
+        model.safetensors            its averaged weights: the folder loads as it is
+        training.safetensors         raw weights (raw.*) and optimizer state (adamw.*, muon.*)
+        training.json                step, versions, commit
+
+All randomness of training is a function of (seed, step), so this is all there is to restore.
+"""
+
+import fcntl
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from elit.atomic import atomic_file, atomic_folder
+from elit.errors import ElitError
+from elit.models import Model
+from elit.models.files import (
+    CONFIG,
+    TRAINING,
+    WEIGHTS,
+    checkpoints,
+    load_weights,
+    read_tensors,
+    save_model,
+    write_tensors,
+)
+
+RECORD = "training.json"
+GROWING = {"out", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped"}
+"""Settings that a continued run may change."""
+
+
+def optimizer_tensors(kind: str, optimizer: Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """State of an optimizer under names ``kind.PARAMETER.KEY``."""
+    state = optimizer.state_dict()["state"]
+    return {f"{kind}.{names[i]}.{key}": value for i, entry in state.items() for key, value in entry.items()}
+
+
+def restore_optimizer(kind: str, optimizer: Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
+    """The inverse of :func:`optimizer_tensors`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for i, name in enumerate(names):
+        prefix = f"{kind}.{name}."
+        entry = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        # "a.weight" also begins "a.weight.b"; a key of optimizer state has no dot
+        state[i] = {k: v for k, v in entry.items() if "." not in k}
+    filled = {i: entry for i, entry in state.items() if entry}
+    optimizer.load_state_dict({"state": filled, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    model: Model,
+    ema: AveragedModel,
+    optimizers: dict[str, Optimizer],
+    groups: dict[str, list[str]],
+    extra: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Writes the checkpoint of a step, whole or not at all, and removes all but the last ``keep``.
+
+    Raises:
+        ElitError: the disk is full or the folder cannot be written; earlier checkpoints stay.
+    """
+    target = run / "checkpoints" / f"step-{step:08d}"
+    if target.exists():
+        return target
+    tensors = {f"raw.{k}": v for k, v in model.state_dict().items()}
+    for kind, optimizer in optimizers.items():
+        tensors |= optimizer_tensors(kind, optimizer, groups[kind])
+    record = {"step": step, "averaged": int(ema.n_averaged), **extra, **versions()}
+    with atomic_folder(target) as folder:
+        averaged = ema.module
+        assert isinstance(averaged, Model)
+        save_model(averaged, folder)
+        write_tensors(folder / TRAINING, tensors)
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    for old in checkpoints(run)[: -max(1, keep)]:
+        shutil.rmtree(old)
+    return target
+
+
+def restore_checkpoint(
+    folder: Path,
+    model: Model,
+    ema: AveragedModel,
+    optimizers: dict[str, Optimizer],
+    groups: dict[str, list[str]],
+) -> dict[str, Any]:
+    """Restores everything from a checkpoint, bit for bit, and returns its record (``step``, ...).
+
+    Raises:
+        ElitError: a file is missing or damaged, or belongs to another model.
+    """
+    try:
+        record = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError) as error:
+        raise ElitError(
+            f"{folder / RECORD} is missing or damaged; remove {folder} to go back one checkpoint"
+        ) from error
+    tensors = read_tensors(folder / TRAINING)
+    raw = {k.removeprefix("raw."): v for k, v in tensors.items() if k.startswith("raw.")}
+    load_weights(model, raw, folder / TRAINING)
+    load_weights(ema.module, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    ema.n_averaged.fill_(record["averaged"])
+    for kind, optimizer in optimizers.items():
+        restore_optimizer(kind, optimizer, groups[kind], tensors)
+    return record
+
+
+def versions() -> dict[str, Any]:
+    """Versions of what computed a checkpoint, and the commit of the library where it runs from a checkout."""
+    packages = {name: metadata.version(name) for name in ("torch", "accelerate", "elit-diffusion")}
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return {"versions": {"python": platform.python_version(), **packages}, "commit": commit.stdout.strip() or None}
+
+
+# ------------------------------------------------------------------------------------------------ the run directory
+
+
+def write_or_compare_config(run: Path, config: dict[str, Any]) -> None:
+    """Stores a run's configuration, or checks that a run to be continued has the same.
+
+    Raises:
+        ElitError: the run was started with another setting.
+    """
+    import yaml
+
+    config = json.loads(json.dumps(config))  # tuples become lists, as in YAML
+    path = run / "config.yaml"
+    if path.exists() and checkpoints(run):
+        before = yaml.safe_load(path.read_text()) or {}
+        for key in sorted(config.keys() - GROWING):
+            if before.get(key) != config[key]:
+                raise ElitError(
+                    f"{run} was started with {key} = {before.get(key)!r}, not {config[key]!r}; "
+                    "continue it with the same settings or choose another out"
+                )
+    with atomic_file(path) as temporary:
+        temporary.write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def truncate_log(path: Path, step: int) -> None:
+    """Drops lines of a run's log that come after a step: training writes them again."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # cut short by a kill
+        return float("inf")
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Holds a run directory for one process; the lock goes with the process, however it ends.
+
+    Raises:
+        ElitError: another process trains there.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        handle = (run / ".lock").open("w")
+    except OSError as error:
+        raise ElitError(f"cannot write to {run}: {error.strerror}") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ElitError(f"another process is training in {run}; wait for it or choose another out") from error
+        yield
+
+
+def latest(run: Path) -> Path | None:
+    """The last whole checkpoint of a run."""
+    found = [folder for folder in checkpoints(run) if (folder / CONFIG).exists()]
+    return found[-1] if found else None
