@@ -1,45 +1,16 @@
 """A run that is killed ends where it would have ended."""
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from runs import STEPS, arguments, config
 from safetensors.torch import load_file
 
-from elit.training import ModelChoice, OptimizerConfig, TrainConfig, Trainer
-
-STEPS = 60
-FIELDS = {"width": 32, "depth": 3, "num_heads": 2, "head_depth": 1, "tail_depth": 1, "patch_size": 1, "group_size": 4}
-
-
-def config(out: Path, **changes: object) -> TrainConfig:
-    settings: dict[str, object] = {
-        "data": "digits8",
-        "model": ModelChoice("ELIT-DiT-S/1", FIELDS),
-        "optimizer": OptimizerConfig("muon", lr=1e-3, warmup_steps=5, decay="linear"),
-        "steps": STEPS,
-        "batch_size": 16,
-        "log_every": 1,
-        "checkpoint_every": 10,
-        "ema_decay": 0.9,
-    }
-    return TrainConfig(out=str(out), **(settings | changes))  # type: ignore[arg-type]
-
-
-def arguments(out: Path) -> list[str]:
-    fields = json.dumps(FIELDS)
-    return [
-        *(sys.executable, "-m", "elit", "train", "--out", str(out), "--data", "digits8"),
-        *("--model.name", "ELIT-DiT-S/1", "--model.fields", fields),
-        *("--optimizer.name", "muon", "--optimizer.lr", "1e-3", "--optimizer.warmup-steps", "5"),
-        *("--optimizer.decay", "linear", "--steps", str(STEPS), "--batch-size", "16", "--log-every", "1"),
-        *("--checkpoint-every", "10", "--ema-decay", "0.9"),
-    ]
+from elit.training import Trainer
 
 
 def contents(run: Path) -> dict[str, object]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from runs import config
 from torch import Tensor
 
 import elit
@@ -16,7 +17,6 @@ from elit.data import ImageData, digits8
 from elit.models import create
 from elit.training import OptimizerConfig, TrainConfig, Trainer
 from elit.training.optim import lr_factor, make_ema, named_groups
-from tests.training.test_resume import config
 
 ROOT = Path(__file__).parents[2]
 
