@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import elit
+from elit.analysis import count_flops
 from elit.errors import ElitError
 from elit.flow import StageDensity, StageSchedule, path_named, pyramid_loss
 from elit.interface import InterfaceConfig
@@ -209,6 +210,13 @@ def test_names(name: str) -> None:
         model = elit.create(name)
     assert isinstance(model, DFM) and model.config.stages == 2
     assert (model.interface is not None) == name.startswith("ELIT-")
+
+
+def test_its_cost_is_counted_like_any_other() -> None:
+    """The blocks do the work, and there are as many tokens as in the plain model."""
+    with torch.device("meta"):
+        multi_scale, plain = (count_flops(elit.create(name)).flops for name in ("DFM-SiT-B/2", "SiT-B/2"))
+    assert plain < multi_scale < 1.01 * plain
 
 
 def test_a_patch_of_one_pixel_cannot_be_halved() -> None:
