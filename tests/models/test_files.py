@@ -268,7 +268,7 @@ def test_a_missing_run_is_named_at_once(source: str, monkeypatch: pytest.MonkeyP
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ElitError, match=r"there is no model at .*/file: give a run directory"):
+    with pytest.raises(ElitError, match=r"/file is empty"):  # a file is taken for a published checkpoint
         elit.load(tmp_path / "file")
 
 
