@@ -119,7 +119,7 @@ def test_the_draws_of_the_sde_are_those_of_the_seeds() -> None:
 
 
 def test_every_step_of_the_sde_has_a_draw_of_its_own() -> None:
-    """With a velocity of zero the state is its noise: that of the generators of (seed, "start") and (seed, "step i")."""
+    """With a velocity of zero the state is its noise: generators of (seed, "start") and (seed, "step i")."""
     model = Recorder(lambda x, t, y, budget: x * 0)
     end = elit.sample(model, [0, 0], seeds=[4, 9], steps=3, solver="sde")
     times = [1.0, 0.52, 0.04, 0.0]

@@ -27,7 +27,8 @@ class Guidance:
         interval: times (low, high) between which guidance is on, ends included (Kynkaanniemi et al. 2024).
 
     Raises:
-        ElitError: an unknown kind, a scale that is no number, a budget outside (0, 1] or one for ``cfg``, or an interval that is none.
+        ElitError: an unknown kind, a scale that is no number, a budget outside (0, 1] or one for ``cfg``, or an
+            interval that is none.
     """
 
     kind: Literal["cfg", "ccfg", "ag"] = "cfg"
