@@ -1,5 +1,6 @@
 """Guidance: ``v_weak + scale * (v_cond - v_weak)``, with a weak term that costs less where the model is elastic."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -26,7 +27,8 @@ class Guidance:
         interval: times (low, high) between which guidance is on, ends included (Kynkaanniemi et al. 2024).
 
     Raises:
-        ElitError: an unknown kind, a budget outside (0, 1] or one for ``cfg``, or an interval that is none.
+        ElitError: an unknown kind, a scale that is no number, a budget outside (0, 1] or one for ``cfg``, or an
+            interval that is none.
     """
 
     kind: Literal["cfg", "ccfg", "ag"] = "cfg"
@@ -37,6 +39,8 @@ class Guidance:
     def __post_init__(self) -> None:
         if self.kind not in ("cfg", "ccfg", "ag"):
             raise ElitError(f"no guidance is named {self.kind!r}; there are cfg, ccfg and ag")
+        if isinstance(self.scale, bool) or not isinstance(self.scale, int | float) or not math.isfinite(self.scale):
+            raise ElitError(f"the guidance scale is {self.scale!r}; it must be a finite number")
         if self.budget is not None:
             if self.kind == "cfg":
                 raise ElitError("cfg runs its weak term at the budget of the strong one; for another budget take ccfg")

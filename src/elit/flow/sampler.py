@@ -65,6 +65,8 @@ def sample(
     times = problem.times
     start = _start(problem.shape, count, seeds, noise)
     budgets = budget_per_step(budget, times[:-1].view(len(times) - 1, -1).mean(1).tolist())
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ElitError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
     for each in set(budgets):
         model.level(each)
     weak = weak_budget(model, guidance) if guidance else None
@@ -140,7 +142,10 @@ def _labels(
     count = next(iter(counts.values()))
     if labels is None:
         return None, count
-    y = torch.as_tensor(labels)
+    try:
+        y = torch.as_tensor(labels)
+    except (TypeError, ValueError) as error:
+        raise ElitError(f"labels must be whole numbers, one per sample, not {labels!r}") from error
     if y.is_floating_point() or y.dim() != 1:
         raise ElitError(f"labels must be whole numbers, one per sample, not {y.dtype} of shape {tuple(y.shape)}")
     model.check_labels(y)
