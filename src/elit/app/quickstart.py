@@ -60,6 +60,7 @@ RECIPE = TrainConfig(
             "tail_depth": 1,
             "group_size": 4,
             "label_std": 1.0,
+            "positions": "sincos",
         },
     ),
     optimizer=OptimizerConfig(
