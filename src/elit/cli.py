@@ -18,7 +18,6 @@ from elit.app.train import train
 from elit.errors import ElitError
 from elit.training.config import TrainConfig
 
-
 VERBS: dict[str, Callable[..., object]] = {
     "quickstart": quickstart,
     "train": train,

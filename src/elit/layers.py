@@ -222,7 +222,7 @@ class Block(nn.Module):
         self.attention_norm = layer_norm(width)
         self.attention = SelfAttention(width, num_heads, qk_norm)
         self.mlp_norm = layer_norm(width)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp = Mlp(width, round(width * mlp_ratio))
         self.modulation = Modulation(width, 6)
 
     def forward(self, x: Tensor, c: Tensor, rope: Rotary | None) -> Tensor:

@@ -48,7 +48,7 @@ def info(model: str, resolution: int | None = None) -> None:
 
 
 def print_description(title: str, model: Model) -> None:
-    console, facts = Console(), describe(model)
+    console, facts = Console(soft_wrap=True, highlight=False), describe(model)
     t, h, w = facts["tokens"]
     console.print(f"[bold]{title}[/bold]: {facts['parameters'] / 1e6:,.3f} M parameters, {_architecture(model)}")
     console.print(

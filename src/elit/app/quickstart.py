@@ -1,10 +1,8 @@
 """The first run: trains a small elastic model on real digits and shows what each budget costs and gives."""
 
 import json
-import platform
+import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elit.analysis import attention_maps, count_flops, count_parameters, measure_latency, rank_correlation
+from elit.analysis.environment import environment
+from elit.app.train import show_progress
 from elit.atomic import atomic_file
 from elit.data import Data, digits
 from elit.errors import ElitError
@@ -44,7 +44,9 @@ SAMPLING_STEPS = 16
 NUM_SAMPLES = 1000  # per budget and guidance
 LATENCY_BATCH = 64
 ATTENTION_IMAGES = 90
+ATTENTION_DRAWS = 4  # noises per image, averaged
 ATTENTION_TIME = 0.5
+GRID_CLASSES = 10
 
 RECIPE = TrainConfig(
     data="digits",
@@ -88,7 +90,7 @@ RECIPE = TrainConfig(
 def measure_costs(model: Model) -> list[dict[str, Any]]:
     """FLOPs, MACs and latency of one forward, for every budget."""
     latencies = measure_latency(model, list(BUDGETS), LATENCY_BATCH, repeats=30)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for budget, latency in zip(BUDGETS, latencies, strict=True):
         cost = count_flops(model, budget)
         rows.append(
@@ -103,7 +105,9 @@ def measure_costs(model: Model) -> list[dict[str, Any]]:
         )
     full = rows[-1]
     for row in rows:
-        row["elastic_efficiency"] = (row["latency_ms"] / full["latency_ms"]) / (row["flops"] / full["flops"])
+        row["flops_ratio"] = row["flops"] / full["flops"]
+        row["latency_ratio"] = row["latency_ms"] / full["latency_ms"]
+        row["elastic_efficiency"] = row["latency_ratio"] / row["flops_ratio"]
     return rows
 
 
@@ -155,3 +159,153 @@ def measure_references(classifier: Classifier, real: Moments, train: Data, held_
             "frechet_distance": frechet_distance(moments(features), real),
         }
     return references
+
+
+def sampling_flops(costs: list[dict[str, Any]], budget: float, guidance: Guidance | None) -> int:
+    """FLOPs of one image over all steps, the weak term of guidance included."""
+    of = {row["budget"]: row["flops"] for row in costs}
+    weak = 0 if guidance is None else of[guidance.budget or budget]
+    return SAMPLING_STEPS * (of[budget] + weak)
+
+
+def measure_copying(images: Tensor, train: Data, held_out: Data) -> dict[str, float]:
+    """Median pixel distance to the nearest training image, of samples and of held-out images."""
+    known, _ = train.batch(torch.arange(len(train)))
+    chosen = torch.randperm(len(held_out), generator=generator("copying"))[: len(images)]
+    unseen, _ = held_out.batch(chosen)
+    to_samples, to_unseen = nearest_distance(images, known), nearest_distance(unseen, known)
+    return {
+        "samples": to_samples.median().item(),
+        "held-out images": to_unseen.median().item(),
+        "samples nearer than 99 % of held-out images": (to_samples < to_unseen.quantile(0.01)).float().mean().item(),
+    }
+
+
+def measure_attention(model: Model, held_out: Data) -> tuple[dict[str, Any], tuple[Tensor, Tensor, Tensor]]:
+    """Rank correlation of Read attention with the loss per token; control: the attention of another image.
+
+    Returns:
+        The correlations with 95 % half-widths over images, and images, attention and loss (the latter two per token).
+    """
+    placements = len(held_out) // ATTENTION_IMAGES
+    x, y = held_out.batch(torch.arange(ATTENTION_IMAGES) * placements + torch.arange(ATTENTION_IMAGES) % placements)
+    rng = generator("attention")
+    noises = torch.randn(ATTENTION_DRAWS, *x.shape, generator=rng)
+    maps = [attention_maps(model, x, y, ATTENTION_TIME, noise) for noise in noises]
+    attention = torch.stack([m.attention for m in maps]).mean(0)
+    loss = torch.stack([m.loss for m in maps]).mean(0)
+    result = {}
+    for name, shown in (("same image", attention), ("another image", attention.roll(1, 0))):
+        correlation = rank_correlation(shown.flatten(1), loss.flatten(1))
+        half_width = 1.96 * correlation.std().item() / len(correlation) ** 0.5
+        result[name] = {"mean": correlation.mean().item(), "half_width": half_width}
+    return result, (x, attention, loss)
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+
+def steps_for(minutes: float, config: TrainConfig) -> int:
+    """How many steps fit into minutes of training, from the time of a few."""
+    if minutes <= 0:
+        raise ElitError(f"minutes is {minutes}; it must be above 0")
+    with tempfile.TemporaryDirectory() as folder:
+        trial = iter(Trainer(replace(config, out=folder, steps=30)))
+        for _ in range(10):
+            next(trial)
+        start = time.perf_counter()
+        for _ in range(20):
+            next(trial)
+        seconds = (time.perf_counter() - start) / 20
+        trial.close()  # type: ignore[attr-defined]
+    return max(20, int(60 * minutes / seconds))
+
+
+def quickstart(out: Path = Path("runs/quickstart"), minutes: float | None = None, seed: int = 0) -> Path:
+    """Train a small elastic model on real digits and show what each budget costs and gives, on one page.
+
+    Args:
+        out: folder for the run, results.json, pictures and report.html.
+        minutes: about how long to train; default 1200 steps, some three minutes on two cores.
+        seed: of everything random.
+
+    Raises:
+        ElitError: the folder cannot be used, or a package of the quickstart extra is missing.
+    """
+    try:
+        from elit.app.report import write_report
+    except ImportError as error:
+        raise ElitError(f"the quickstart needs {error.name}: pip install 'elit-diffusion[quickstart]'") from error
+
+    console = Console(soft_wrap=True, highlight=False)
+    out = Path(out)
+    config = replace(RECIPE, out=str(out / "run"), seed=seed)
+    if minutes is not None:
+        config = replace(config, steps=steps_for(minutes, config))
+    train, held_out = digits(), digits(held_out=True)
+
+    trainer = Trainer(config, train)
+    console.print(
+        f"[bold]1/3[/bold] training {count_parameters(trainer.model) / 1e6:.2f} M parameters on {len(train):,} images "
+        "of handwritten digits, a random number of latents at every step"
+    )
+    start = time.perf_counter()
+    show_progress(trainer)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    seconds = time.perf_counter() - start
+    model = load(config.out)
+
+    console.print("[bold]2/3[/bold] measuring cost, held-out loss, sample quality, copying and attention")
+    results, pictures = measure(model, config, train, held_out)
+    results["training"] = {"config": asdict(config), "seconds": seconds, "parameters": count_parameters(model)}
+
+    console.print("[bold]3/3[/bold] writing the report")
+    with atomic_file(out / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=2) + "\n")
+    report = write_report(out, results, pictures)
+    console.print(f"\n[bold]report: {report}[/bold]")
+    console.print(
+        f"next: elit sample --model {config.out} --num-images 16 --budget 0.25 "
+        "--guidance ccfg --guidance-scale 2 --out digits.png"
+    )
+    return report
+
+
+def measure(model: Model, config: TrainConfig, train: Data, held_out: Data) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Everything that the report shows: numbers, and the tensors of its pictures."""
+    classifier = train_classifier(train, config.seed)
+    real = moments(classify(classifier, train.batch(torch.arange(len(train)))[0])[1])
+    costs = measure_costs(model)
+    quality: dict[str, list[dict[str, Any]]] = {}
+    grids: dict[str, list[Tensor]] = {}
+    with tqdm(total=len(GUIDANCE) * len(BUDGETS), desc="sampling", unit="setting", dynamic_ncols=True) as bar:
+        for name, guidance in GUIDANCE.items():
+            quality[name], grids[name] = [], []
+            for budget in BUDGETS:
+                images = draw_samples(model, budget, guidance, config.seed)
+                flops = sampling_flops(costs, budget, guidance)
+                quality[name].append(
+                    {"budget": budget, "flops_per_image": flops, **measure_quality(images, classifier, real)}
+                )
+                grids[name].append(images[:GRID_CLASSES])
+                bar.update()
+    copying = measure_copying(images, train, held_out)
+    attention, maps = measure_attention(model, held_out)
+    results = {
+        "costs": costs,
+        "held_out_loss": measure_loss(model, held_out, config),
+        "quality": quality,
+        "references": measure_references(classifier, real, train, held_out),
+        "copying": copying,
+        "attention": attention,
+        "protocol": {
+            "samples_per_setting": NUM_SAMPLES,
+            "sampling_steps": SAMPLING_STEPS,
+            "guidance_scale": 2.0,
+            "latency_batch": LATENCY_BATCH,
+            "features": f"{Classifier.FEATURES} of a classifier trained on the real training images",
+        },
+        "environment": environment(),
+    }
+    return results, {"grids": grids, "attention": maps}

@@ -1,5 +1,6 @@
 """`elit sample`: images from a model into a PNG."""
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from elit.app.images import to_grid
 from elit.atomic import atomic_file
+from elit.data.autoencoder import decode
 from elit.errors import ElitError
 from elit.flow import Guidance, sample
 from elit.interface import Budget, BudgetByNoise
@@ -92,25 +94,23 @@ def sample_images(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     net = load(model, weights=weights, device=device)
     classes = net.config.num_classes
-    images = sample(
-        net,
-        labels or (torch.arange(num_images) % classes if classes else None),
-        seeds=range(seed, seed + num_images),
-        steps=steps,
-        solver=solver,
-        budget=parse_budget(budget),
-        guidance=chosen,
-        path=path,
-        batch_size=batch_size,
-        progress=True,
-    )
-    if images.shape[1] not in (1, 3):
-        from elit.data.autoencoder import decode
-
-        images = decode(images, autoencoder)
     record = PngInfo()
-    record.add_text("elit", repr(settings))
-    with atomic_file(out) as temporary:
+    record.add_text("elit", json.dumps(settings, default=str))
+    with atomic_file(out) as temporary:  # opened first: a folder that cannot be written is told before the work
+        images = sample(
+            net,
+            labels or (torch.arange(num_images) % classes if classes else None),
+            seeds=range(seed, seed + num_images),
+            steps=steps,
+            solver=solver,
+            budget=parse_budget(budget),
+            guidance=chosen,
+            path=path,
+            batch_size=batch_size,
+            progress=True,
+        )
+        if images.shape[1] not in (1, 3):
+            images = decode(images, autoencoder)
         to_grid(images).save(temporary, pnginfo=record)
     Console(soft_wrap=True, highlight=False).print(f"{num_images} images in {out}")
     return out

@@ -80,6 +80,7 @@ def model_velocity(
     budgets: list[float | None],
     guidance: Guidance | None = None,
     weak: float | None = None,
+    active: list[int] | None = None,
 ) -> Velocity:
     """The velocity that a solver integrates: the model in its dtype, guided, as float64.
 
@@ -88,22 +89,25 @@ def model_velocity(
         y: conditions of the samples, and ``null`` those of the weak term of ``cfg`` and ``ccfg``.
         budgets: one per step, of the strong term.
         weak: budget of the weak term of ``ag`` and ``ccfg``.
+        active: of a multi-scale model, the number of active stages at each step.
     """
 
-    def run(x: Tensor, t: Tensor, condition: Tensor | None, budget: float | None) -> Tensor:
-        return model(x, t.to(x.device, torch.float32).expand(len(x)), condition, budget=budget).double()
+    def run(x: Tensor, t: Tensor, condition: Tensor | None, budget: float | None, step: int) -> Tensor:
+        times = t.to(x.device, torch.float32).expand(len(x), *t.shape)
+        stages = {} if active is None else {"active": active[step]}
+        return model(x, times, condition, budget=budget, **stages).double()
 
     both = torch.cat((y, null)) if y is not None and null is not None else None
 
     def velocity(x: Tensor, t: Tensor, step: int) -> Tensor:
         budget, inputs = budgets[step], x.to(getattr(model, "dtype", torch.float32))
         if guidance is None or not (on := guidance.active(t)).any():
-            return run(inputs, t, y, budget)
+            return run(inputs, t, y, budget, step)
         if guidance.kind == "cfg":  # one budget, one batch
-            v_cond, v_weak = run(torch.cat((inputs, inputs)), t, both, budget).chunk(2)
+            v_cond, v_weak = run(torch.cat((inputs, inputs)), t, both, budget, step).chunk(2)
         else:
-            v_cond = run(inputs, t, y, budget)
-            v_weak = run(inputs, t, null if guidance.drops_class else y, weak)
+            v_cond = run(inputs, t, y, budget, step)
+            v_weak = run(inputs, t, null if guidance.drops_class else y, weak, step)
         return torch.where(on.to(x.device), v_weak + guidance.scale * (v_cond - v_weak), v_cond)
 
     return velocity

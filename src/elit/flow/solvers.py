@@ -1,7 +1,8 @@
 """Solvers from noise (t = 1) to data (t = 0): plain functions of one signature, in float64.
 
-A solver takes ``velocity(x, t, step)``, the state x, the times (a float64 vector from :func:`time_grid`), the path,
-a source of noise ``draw(step)`` and a callback. Only the stochastic solver looks at path and draw.
+A solver takes ``velocity(x, t, step)``, the state x, the times (a float64 vector from :func:`time_grid`, or rows that
+broadcast against x where its elements have times of their own), the path, a source of noise ``draw(step)`` and a
+callback. Only the stochastic solver looks at path and draw.
 """
 
 from collections.abc import Callable
@@ -83,16 +84,32 @@ def euler_maruyama(
 SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun, "sde": euler_maruyama}
 
 
+def solver_named(name: str) -> Solver:
+    """Raises:
+    ElitError: no solver has this name.
+    """
+    if name not in SOLVERS:
+        raise ElitError(f"no solver is named {name!r}; there are {', '.join(SOLVERS)}")
+    return SOLVERS[name]
+
+
+def check_steps(steps: int) -> int:
+    """Raises:
+    ElitError: it is not a whole number, at least 1.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ElitError(f"steps is {steps!r}; it must be a whole number, at least 1")
+    return steps
+
+
 def time_grid(solver: str, steps: int) -> Tensor:
     """Times of ``steps`` steps, from 1 to 0 in float64: equal steps, or for ``sde`` from 1 to 0.04 and then to 0.
 
     Raises:
         ElitError: no such solver, or too few steps.
     """
-    if solver not in SOLVERS:
-        raise ElitError(f"no solver is named {solver!r}; there are {', '.join(SOLVERS)}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ElitError(f"steps is {steps!r}; it must be a whole number, at least 1")
+    solver_named(solver)
+    check_steps(steps)
     if solver == "sde":
         return torch.cat((torch.linspace(1, SDE_LAST_TIME, steps, dtype=torch.float64), torch.zeros(1).double()))
     return torch.linspace(1, 0, steps + 1, dtype=torch.float64)

@@ -1,9 +1,10 @@
-"""DiT and SiT, with or without the latent interface: one class.
+"""DiT and SiT, with or without the latent interface: one class, on the stack that other backbones reuse.
 
 Shapes: B batch, C channels, N spatial tokens, G windows, J~ latents per window in use, K = G * J~, D width. Time t =
 1 is noise, t = 0 data.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,7 +58,7 @@ class DiTConfig:
     interface: InterfaceConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.width % self.num_heads or (self.width // self.num_heads) % 2:
+        if self.num_heads < 1 or self.width % self.num_heads or (self.width // self.num_heads) % 2:
             raise ElitError(f"width {self.width} does not give {self.num_heads} heads of an even size")
         if self.interface and (min(self.head_depth, self.tail_depth) < 0 or self.core_depth < 1):
             raise ElitError(
@@ -88,28 +89,22 @@ def tokens_of(size: Triple, patch: Triple) -> Triple:
     return size[0] // patch[0], size[1] // patch[1], size[2] // patch[2]
 
 
-class DiT(Model):
-    """Velocity of x at time t for class y, at a budget of latents.
+class Transformer(Model):
+    """The stack between embedding and projection: blocks, positions and labels, with or without the interface.
 
-    Args:
-        config: what to build. Weights are drawn from torch's global generator.
+    A backbone adds how its input becomes tokens and a condition, how tokens become a velocity, and at the end of its
+    constructor calls :func:`~elit.layers.init_model`.
     """
 
     config: DiTConfig
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__(config)
-        self.patch = triple(config.patch_size)
-        values = config.in_channels * self.patch[0] * self.patch[1] * self.patch[2]
-        self.patch_embed = nn.Linear(values, config.width)
-        self.time_embed = TimeEmbed(config.width)
         self.label_embed = nn.Embedding(config.num_classes + 1, config.width) if config.num_classes else None
         qk_norm: Literal["head", "none"] = "head" if config.qk_norm else "none"
         self.blocks = nn.ModuleList(
             Block(config.width, config.num_heads, config.mlp_ratio, qk_norm) for _ in range(config.depth)
         )
-        self.final = FinalLayer(config.width, values)
-
         head_dim = config.width // config.num_heads
         self.interface = None
         if config.interface is not None:
@@ -122,11 +117,77 @@ class DiT(Model):
             )
         else:
             self.rope_table = RotaryTable(coordinates(config.grid_size), head_dim, config.rope_theta)
-        init_model(self)
 
     def init_weights(self) -> None:
         if self.label_embed is not None:
             nn.init.normal_(self.label_embed.weight, std=self.config.label_std)
+
+    def check_input(self, x: Tensor, y: Tensor | None, patch: Triple) -> Triple:
+        """The token grid of an input, after a look at its shape and labels (never at their values).
+
+        Raises:
+            ElitError: another shape than the model takes, or labels that are missing or too many.
+        """
+        config = self.config
+        if x.dim() not in (4, 5) or x.shape[1] != config.in_channels:
+            raise ElitError(
+                f"input of shape {tuple(x.shape)}; the model takes (batch, {config.in_channels}, height, width)"
+            )
+        if (y is None) != (self.label_embed is None):
+            want = "takes no labels" if y is not None else f"needs labels 0..{config.num_classes - 1}"
+            raise ElitError(f"the model {want} (num_classes is {config.num_classes})")
+        return tokens_of(triple(tuple(x.shape[2:])), patch)
+
+    def place(self, s: Tensor, size: Triple) -> Tensor:
+        """Adds the sine-cosine positions, where the model has them, to spatial tokens (B, N, D)."""
+        if self.config.positions != "sincos":
+            return s
+        if size == self.config.grid_size:
+            return s + self.positions
+        return s + sincos_table(coordinates(size), self.config.width).to(s)
+
+    def condition(self, time: Tensor, y: Tensor | None) -> Tensor:
+        """The condition (B, D): embedded times (B, D) plus embedded labels."""
+        return time if self.label_embed is None else time + self.label_embed(y)
+
+    def transform(self, s: Tensor, c: Tensor, size: Triple, level: int) -> Tensor:
+        """Spatial tokens s (B, N, D) under condition c (B, D), at J~ = ``level`` latents a window: (B, N, D)."""
+        rope = self.spatial_rope(size, s.device)
+        if self.interface is None:
+            return run(self.blocks, s, c, rope)
+        grid = self.interface.grid_of(size)
+        core, tail = self.config.head_depth, self.config.depth - self.config.tail_depth
+        s = run(self.blocks[:core], s, c, rope)  # (B, N, D)
+        latents, spatial = self.interface.read(s, c, grid, level)  # (B, K, D)
+        latents = run(self.blocks[core:tail], latents, c, self.interface.core_rope(grid, level, s.device))
+        s = self.interface.write(latents, spatial, grid)  # (B, N, D)
+        return run(self.blocks[tail:], s, c, rope)
+
+    def spatial_rope(self, size: Triple, device: torch.device) -> Rotary | None:
+        """Rotary positions (N, d / 2) of the spatial tokens: (row, column), for video (time, row, column)."""
+        config = self.config
+        if config.positions != "rotary":
+            return None
+        if size == config.grid_size:
+            return self.rope_table()
+        return rotary(coordinates(size, device), config.width // config.num_heads, config.rope_theta)
+
+
+class DiT(Transformer):
+    """Velocity of x at time t for class y, at a budget of latents.
+
+    Args:
+        config: what to build. Weights are drawn from torch's global generator.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config)
+        self.patch = triple(config.patch_size)
+        values = config.in_channels * math.prod(self.patch)
+        self.patch_embed = nn.Linear(values, config.width)
+        self.time_embed = TimeEmbed(config.width)
+        self.final = FinalLayer(config.width, values)
+        init_model(self)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, budget: float | None = None) -> Tensor:
         """Velocity of the same shape as x.
@@ -142,55 +203,11 @@ class DiT(Model):
                 not fit.
         """
         level = self.level(budget)
-        size = self.check_input(x, y)
-        s, c = self.embed(x, t, y, size)
-        rope = self.spatial_rope(size, x.device)
-
-        if self.interface is None:
-            s = run(self.blocks, s, c, rope)
-        else:
-            grid = self.interface.grid_of(size)
-            core, tail = self.config.head_depth, self.config.depth - self.config.tail_depth
-            s = run(self.blocks[:core], s, c, rope)  # (B, N, D)
-            latents, spatial = self.interface.read(s, c, grid, level)  # (B, K, D)
-            latents = run(self.blocks[core:tail], latents, c, self.interface.core_rope(grid, level, x.device))
-            s = self.interface.write(latents, spatial, grid)  # (B, N, D)
-            s = run(self.blocks[tail:], s, c, rope)
+        size = self.check_input(x, y, self.patch)
+        s = self.place(self.patch_embed(patchify(x, size, self.patch)), size)  # (B, N, D)
+        c = self.condition(self.time_embed(t), y)  # (B, D)
+        s = self.transform(s, c, size, level)  # head, Read, core, Write, tail
         return unpatchify(self.final(s, c), size, self.patch).view_as(x)
-
-    def check_input(self, x: Tensor, y: Tensor | None) -> Triple:
-        """The token grid of an input, after a look at its shape and labels (never at their values)."""
-        config = self.config
-        if x.dim() not in (4, 5) or x.shape[1] != config.in_channels:
-            raise ElitError(
-                f"input of shape {tuple(x.shape)}; the model takes (batch, {config.in_channels}, height, width)"
-            )
-        if (y is None) != (self.label_embed is None):
-            want = "takes no labels" if y is not None else f"needs labels 0..{config.num_classes - 1}"
-            raise ElitError(f"the model {want} (num_classes is {config.num_classes})")
-        return tokens_of(triple(tuple(x.shape[2:])), self.patch)
-
-    def embed(self, x: Tensor, t: Tensor, y: Tensor | None, size: Triple) -> tuple[Tensor, Tensor]:
-        """Spatial tokens (B, N, D) and the condition (B, D)."""
-        s = self.patch_embed(patchify(x, size, self.patch))
-        if self.config.positions == "sincos":
-            s = s + (self.positions if size == self.config.grid_size else self.sincos(size, s))
-        c = self.time_embed(t)
-        if self.label_embed is not None:
-            c = c + self.label_embed(y)
-        return s, c
-
-    def sincos(self, size: Triple, like: Tensor) -> Tensor:
-        return sincos_table(coordinates(size), self.config.width).to(like)
-
-    def spatial_rope(self, size: Triple, device: torch.device) -> Rotary | None:
-        """Rotary positions (N, d / 2) of the spatial tokens: (row, column), for video (time, row, column)."""
-        config = self.config
-        if config.positions != "rotary":
-            return None
-        if size == config.grid_size:
-            return self.rope_table()
-        return rotary(coordinates(size, device), config.width // config.num_heads, config.rope_theta)
 
 
 def run(blocks: nn.ModuleList, x: Tensor, c: Tensor, rope: Rotary | None) -> Tensor:

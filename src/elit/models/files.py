@@ -1,6 +1,8 @@
 """Models on disk: ``config.json`` beside ``model.safetensors``, and `load`. Nothing that is read is executed."""
 
 import json
+import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +15,8 @@ from elit.atomic import atomic_file
 from elit.errors import ElitError
 from elit.models.base import Model
 from elit.models.registry import ARCHITECTURES, model_class_of
+
+logger = logging.getLogger("elit")
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TRAINING = "training.safetensors"  # beside them in the checkpoint of a run: raw weights (``raw.*``) and optimizer state
@@ -117,7 +121,17 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], source: obj
     Raises:
         ElitError: names the tensors that are missing, unexpected or of another shape.
     """
-    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    check_fit(model.state_dict(), tensors, source)
+    model.load_state_dict(tensors)
+
+
+def check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: object) -> None:
+    """Whether tensors have exactly the wanted names and shapes.
+
+    Raises:
+        ElitError: names the tensors that are missing, unexpected or of another shape.
+    """
+    want = {k: tuple(v.shape) for k, v in wanted.items()}
     have = {k: tuple(v.shape) for k, v in tensors.items()}
     wrong = [
         f"{k} is {list(have[k])}, not {list(want[k])}" for k in sorted(want.keys() & have.keys()) if want[k] != have[k]
@@ -130,7 +144,6 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], source: obj
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise ElitError(f"{source} does not fit the model: it {what} {', '.join(found[:3])}{more}")
-    model.load_state_dict(tensors)
 
 
 # ------------------------------------------------------------------------------------------------ finding them
@@ -142,7 +155,8 @@ def checkpoints(run: str | Path) -> list[Path]:
 
 
 def resolve(source: str | Path, **hub: Any) -> Path:
-    """The folder with a model's files, for a folder, a run directory (its latest checkpoint) or a Hub id.
+    """Where a model's files lie: the folder for a folder, a run directory (its latest checkpoint) or a Hub id, or a
+    published checkpoint's file.
 
     Args:
         hub: ``revision``, ``cache_dir``, ``token``, ``force_download``, ``local_files_only`` for a Hub id.
@@ -151,31 +165,43 @@ def resolve(source: str | Path, **hub: Any) -> Path:
         ElitError: there is none.
     """
     path = Path(source)
-    if (path / CONFIG).is_file():
+    if path.is_file() or (path / CONFIG).is_file():
         return path
     if path.is_dir():
         found = checkpoints(path)
         if not found:
             raise ElitError(f"{path} holds no model: neither {CONFIG} nor checkpoints/; give a run or a saved model")
         return found[-1]
-    if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise ElitError(f"there is no model at {source}: give a run directory, a saved model or a Hub id")
-    return _download(str(source), **hub)
+    owner, _, rest = str(source).partition("/")
+    repo, _, file = rest.partition("/")
+    if path.exists() or not repo or owner in ("", ".", "..", "~") or (file and not file.endswith(".pt")):
+        raise ElitError(
+            f"there is no model at {source}: give a run directory, a saved model, a published .pt file, or a Hub id "
+            "(OWNER/NAME, or OWNER/NAME/FILE.pt)"
+        )
+    return _download(f"{owner}/{repo}", file, **hub)
 
 
-def _download(repo: str, **hub: Any) -> Path:
-    from huggingface_hub import snapshot_download
+def _download(repo: str, file: str, **hub: Any) -> Path:
+    """The published checkpoint ``file`` of a Hub repository, or where it is empty the folder of our format."""
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = f"{repo}/{file}" if file else repo
     try:
-        return Path(snapshot_download(repo, allow_patterns=[CONFIG, WEIGHTS], **hub))
+        if file:
+            return Path(hf_hub_download(repo, file, **hub))
+        folder = Path(snapshot_download(repo, allow_patterns=[CONFIG, WEIGHTS], **hub))
     except HFValidationError as error:
-        raise ElitError(f"there is no model at {repo}, and it is no Hub id either") from error
+        raise ElitError(f"there is no model at {wanted}, and it is no Hub id either") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ElitError(
-            f"there is no folder {repo}, and the Hub does not give a model of that id ({reason})"
+            f"there is no {wanted} on this disk, and the Hub does not give a model of that id ({reason})"
         ) from error
+    if not (folder / CONFIG).is_file():
+        raise ElitError(f"{repo} on the Hub has no {CONFIG}; for a published checkpoint in it give {repo}/FILE.pt")
+    return folder
 
 
 def load(
@@ -184,24 +210,40 @@ def load(
     weights: Literal["ema", "raw"] = "ema",
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    num_heads: int | None = None,
+    head_depth: int | None = None,
+    tail_depth: int | None = None,
     **hub: Any,
 ) -> Model:
-    """A model ready to use, in evaluation mode.
+    """A model ready to use, in evaluation mode. Tells the logger ``elit`` what it found.
 
     Args:
-        source: a run directory (its latest checkpoint), a folder written by ``save_pretrained``, or a Hub id.
-        weights: of a run: the moving average, or the raw weights that training goes on from.
+        source: a run directory (its latest checkpoint), a folder written by ``save_pretrained``, a Hub id
+            (``owner/name``), or a published checkpoint: a ``.pt`` file, or ``owner/name/file.pt`` on the Hub.
+        weights: the moving average, or the raw weights that training goes on from.
         device, dtype: where to put it, and in what precision (default: as saved).
+        num_heads, head_depth, tail_depth: what a published checkpoint of no published size leaves open.
         hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for a Hub id.
 
     Raises:
-        ElitError: nothing is there, or it is damaged or not a model.
+        ElitError: nothing is there, it is damaged or not a model, or it leaves nothing open that is given.
     """
-    folder = resolve(source, **hub)
-    model = load_model(folder, dtype)
-    if weights == "raw":
-        raw = {k.removeprefix("raw."): v for k, v in read_tensors(folder / TRAINING).items() if k.startswith("raw.")}
-        load_weights(model, raw, folder / TRAINING)
-    elif weights != "ema":
+    if weights not in ("ema", "raw"):
         raise ElitError(f"weights is {weights!r}; it is 'ema' or 'raw'")
+    path = resolve(source, **hub)
+    overrides = {"num_heads": num_heads, "head_depth": head_depth, "tail_depth": tail_depth}
+    if path.is_file():
+        from elit.models.published import load_published  # it builds on this file
+
+        return load_published(path, weights=weights, **overrides).to(device=device, dtype=dtype)
+
+    given = [name for name, value in overrides.items() if value is not None]
+    if given:
+        raise ElitError(f"{source} says its {given[0]} itself; only for a published .pt file can it be given")
+    model = load_model(path, dtype)
+    if weights == "raw":
+        raw = {k.removeprefix("raw."): v for k, v in read_tensors(path / TRAINING).items() if k.startswith("raw.")}
+        load_weights(model, raw, path / TRAINING)
+    kind = "saved model" if path == Path(source) else "run directory" if Path(source).is_dir() else "model of the Hub"
+    logger.info("%s is a %s: %s weights of a %s from %s", source, kind, weights, type(model).__name__, path)
     return model.to(device)

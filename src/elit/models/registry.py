@@ -7,9 +7,10 @@ from typing import Any
 from elit.errors import ElitError
 from elit.interface import InterfaceConfig
 from elit.models.base import Model
+from elit.models.dfm import DFM, DFMConfig
 from elit.models.dit import DiT, DiTConfig
 
-ARCHITECTURES: dict[str, tuple[type[Model], type]] = {"DiT": (DiT, DiTConfig)}
+ARCHITECTURES: dict[str, tuple[type[Model], type]] = {"DiT": (DiT, DiTConfig), "DFM": (DFM, DFMConfig)}
 """Model class and configuration by the name that a saved ``config.json`` carries."""
 
 SIZES = {  # depth, width, heads
@@ -21,11 +22,12 @@ SIZES = {  # depth, width, heads
 SPLITS = {  # blocks in head and tail; only ELIT-SiT-XL was released
     "DiT": {"S": (2, 2), "B": (3, 3), "L": (4, 4), "XL": (4, 4)},
     "SiT": {"S": (2, 2), "B": (3, 3), "L": (4, 4), "XL": (8, 4)},
+    "DFM-SiT": {"S": (2, 2), "B": (3, 3), "L": (4, 4), "XL": (8, 4)},
 }
-PATCH_SIZES = (1, 2, 4, 8)
+PATCH_SIZES = {"DiT": (1, 2, 4, 8), "SiT": (1, 2, 4, 8), "DFM-SiT": (2, 4, 8)}  # the last stage's, of two, for DFM
 WINDOWS_PER_SIDE = 4  # 16 windows an image: group size 4 at 256px, 8 at 512px
 
-_NAME = re.compile(r"(?P<elit>ELIT-)?(?P<family>DiT|SiT)-(?P<size>S|B|L|XL)/(?P<patch>\d+)")
+NAME = re.compile(r"(?P<elit>ELIT-)?(?P<family>DiT|SiT|DFM-SiT)-(?P<size>S|B|L|XL)/(?P<patch>\d+)")
 
 
 def model_class_of(config: object) -> type[Model]:
@@ -40,7 +42,7 @@ def names() -> list[str]:
         for elit in ("", "ELIT-")
         for family in SPLITS
         for size in SIZES
-        for patch in PATCH_SIZES
+        for patch in PATCH_SIZES[family]
     ]
 
 
@@ -51,15 +53,17 @@ def is_name(name: str) -> bool:
 
 def config_for(name: str, resolution: int | tuple[int, int] = 256, downsample: int = 8, **overrides: Any) -> DiTConfig:
     """The configuration behind a name, see :func:`create`."""
-    found = _NAME.fullmatch(name)
+    found = NAME.fullmatch(name)
     if not found or not is_name(name):
         raise ElitError(
-            f"no model is named {name!r}; names are [ELIT-]{{DiT,SiT}}-{{S,B,L,XL}}/{{1,2,4,8}}, like ELIT-SiT-XL/2"
+            f"no model is named {name!r}; names are [ELIT-]{{DiT,SiT,DFM-SiT}}-{{S,B,L,XL}}/{{1,2,4,8}}, like "
+            "ELIT-SiT-XL/2 (for DFM-SiT, the patch size is at least 2)"
         )
     family, patch = found["family"], int(found["patch"])
     depth, width, num_heads = SIZES[found["size"]]
     head_depth, tail_depth = SPLITS[family][found["size"]]
-    config = DiTConfig(
+    config_class = DFMConfig if family == "DFM-SiT" else DiTConfig
+    config = config_class(
         input_size=_input_size(resolution, downsample),
         patch_size=patch,
         width=width,
@@ -71,7 +75,7 @@ def config_for(name: str, resolution: int | tuple[int, int] = 256, downsample: i
         qk_norm=family == "DiT",
     )
     of_interface = {f.name for f in fields(InterfaceConfig)} & overrides.keys()
-    unknown = overrides.keys() - {f.name for f in fields(DiTConfig)} - of_interface
+    unknown = overrides.keys() - {f.name for f in fields(config)} - of_interface
     if unknown:
         raise ElitError(f"{name} has no field {sorted(unknown)[0]!r}")
     if of_interface and not found["elit"]:
@@ -92,13 +96,19 @@ def create(name: str, resolution: int | tuple[int, int] = 256, downsample: int =
         name: ``DiT-B/2``, ``ELIT-SiT-XL/2``, ...: family, size and patch size (:func:`names` lists them all).
         resolution: pixels of a side, or (height, width).
         downsample: pixels per latent of the autoencoder; 1 for models on pixels.
-        overrides: any field of :class:`DiTConfig` or :class:`~elit.interface.InterfaceConfig`, such as
-            ``num_classes=10`` or ``group_size=8`` (unless given, 16 windows an image).
+        overrides: any field of the configuration (:class:`DiTConfig`, for DFM :class:`DFMConfig`) or of
+            :class:`~elit.interface.InterfaceConfig`, such as ``num_classes=10`` or ``group_size=8`` (unless given, 16
+            windows an image).
 
     Raises:
         ElitError: no such name or field, or sizes that do not fit.
     """
-    return DiT(config_for(name, resolution, downsample, **overrides))
+    return build(config_for(name, resolution, downsample, **overrides))
+
+
+def build(config: DiTConfig) -> Model:
+    """The model that a configuration describes, with fresh weights."""
+    return next(model_class(config) for model_class, its in ARCHITECTURES.values() if its is type(config))
 
 
 def _input_size(resolution: int | tuple[int, int], downsample: int) -> int | tuple[int, ...]:

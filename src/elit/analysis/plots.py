@@ -1,0 +1,144 @@
+"""Figures. Colours are those of Okabe & Ito, for colour-blind readers; markers differ, for grey prints."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from elit.atomic import atomic_file
+
+BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
+STYLES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (VERMILION, "D")]
+STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+}
+
+
+def budget_label(budget: float) -> str:
+    """``1/16`` for 0.0625, ``1`` for 1.0, otherwise up to three digits."""
+    inverse = 1 / budget
+    if abs(inverse - round(inverse)) < 1e-9:
+        return "1" if round(inverse) == 1 else f"1/{round(inverse)}"
+    return f"{budget:.3g}"
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG and, beside it, as SVG."""
+    for target in (path.with_suffix(".png"), path.with_suffix(".svg")):
+        with atomic_file(target) as temporary:
+            figure.savefig(temporary, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _budget_axis(axes: Axes, budgets: Sequence[float]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(budgets), [budget_label(b) for b in budgets])
+    axes.minorticks_off()
+    axes.set_xlabel("budget (fraction of latents)")
+
+
+@mpl.rc_context(STYLE)
+def plot_cost(budgets: Sequence[float], series: Mapping[str, Sequence[float]]) -> Figure:
+    """Cost relative to full budget, one line per measure."""
+    figure, axes = plt.subplots(figsize=(5, 3.4))
+    for (name, values), (colour, marker) in zip(series.items(), STYLES, strict=False):
+        axes.plot(budgets, values, color=colour, marker=marker, label=name)
+    _budget_axis(axes, budgets)
+    axes.set_ylabel("cost of a forward, relative to full")
+    axes.set_ylim(0, 1.1)
+    axes.legend(loc="lower right")
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def plot_loss(budgets: Sequence[float], excess: Sequence[float], errors: Sequence[float]) -> Figure:
+    """Held-out loss above that of full budget, with 95 % intervals."""
+    figure, axes = plt.subplots(figsize=(5, 3.4))
+    axes.errorbar(budgets, excess, yerr=[1.96 * e for e in errors], color=BLUE, marker="o", capsize=3)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    _budget_axis(axes, budgets)
+    axes.set_ylabel("held-out loss minus that of full budget")
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def plot_quality(
+    series: Mapping[str, Sequence[tuple[float, float]]], references: Mapping[str, float], ylabel: str
+) -> Figure:
+    """Quality against cost: (GFLOPs per image, value) points per guidance, with horizontal references."""
+    figure, axes = plt.subplots(figsize=(5, 3.4))
+    for (name, points), (colour, marker) in zip(series.items(), STYLES, strict=False):
+        cost, value = zip(*points, strict=True)
+        axes.plot(cost, value, color=colour, marker=marker, label=name)
+    for (name, level), dash in zip(references.items(), ("--", ":"), strict=False):
+        axes.axhline(level, color=GREY, linestyle=dash, linewidth=1, label=f"real: {name}")
+    axes.set_xscale("log")
+    axes.set_xlabel("cost of an image (GFLOPs, all sampling steps)")
+    axes.set_ylabel(ylabel)
+    axes.legend(fontsize=8)
+    return figure
+
+
+@mpl.rc_context(STYLE | {"axes.grid": False})
+def plot_image_table(images: Sequence[Sequence[Tensor]], columns: Sequence[str], title: str) -> Figure:
+    """Grey or RGB images (C, H, W) in [-1, 1]: one column per heading."""
+    rows = len(images)
+    figure, axes = plt.subplots(rows, len(columns), figsize=(0.9 * len(columns), 0.9 * rows + 0.5), squeeze=False)
+    for row, line in enumerate(images):
+        for column, image in enumerate(line):
+            _show(axes[row][column], image)
+    for column, heading in enumerate(columns):
+        axes[0][column].set_title(heading, fontsize=9)
+    figure.suptitle(title, fontsize=10, y=0.99)
+    figure.subplots_adjust(wspace=0.04, hspace=0.04, top=1 - 0.55 / (0.9 * rows + 0.5))
+    return figure
+
+
+@mpl.rc_context(STYLE | {"axes.grid": False})
+def plot_attention(
+    images: Tensor, attention: Tensor, loss: Tensor, correlations: Mapping[str, tuple[float, float]]
+) -> Figure:
+    """Image, Read attention and loss per token of a few images, beside mean rank correlations with 95 % half-widths."""
+    count = len(images)
+    figure = plt.figure(figsize=(1.05 * count + 3.4, 3.4))
+    halves = figure.add_gridspec(1, 2, width_ratios=[1.05 * count, 2.2], wspace=0.25)
+    cells = halves[0].subgridspec(3, count, wspace=0.05, hspace=0.05)
+    for row, (name, maps, colours) in enumerate(
+        (("image", images[:, 0], "gray"), ("attention", attention, "cividis"), ("loss", loss, "cividis"))
+    ):
+        for column in range(count):
+            axes = figure.add_subplot(cells[row, column])
+            axes.imshow(maps[column].numpy(), cmap=colours)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if column == 0:
+                axes.set_ylabel(name)
+    bars = figure.add_subplot(halves[1])
+    names = list(correlations)
+    means, widths = zip(*correlations.values(), strict=True)
+    bars.bar(range(len(names)), means, yerr=widths, color=[BLUE, GREY][: len(names)], capsize=4, width=0.6)
+    bars.set_xticks(range(len(names)), names, fontsize=8)
+    bars.set_ylabel("rank correlation with the loss", fontsize=9)
+    bars.axhline(0, color="black", linewidth=0.8)
+    return figure
+
+
+def _show(axes: Axes, image: Tensor) -> None:
+    pixels = (image.clamp(-1, 1) + 1) / 2
+    axes.imshow(pixels.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.set_xticks([])
+    axes.set_yticks([])

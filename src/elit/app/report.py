@@ -1,0 +1,237 @@
+"""The quickstart's page: pictures, tables and an honest reading, in one HTML file that needs nothing beside it."""
+
+import base64
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from elit.analysis import plots
+from elit.analysis.plots import budget_label
+from elit.atomic import atomic_file
+
+GUIDANCE_NAMES = {"none": "no guidance", "cfg": "CFG", "ccfg": "CCFG (weak term at 1/16)"}
+
+
+def write_report(out: Path, results: dict[str, Any], pictures: dict[str, Any]) -> Path:
+    """Draws all figures into ``out`` and writes ``report.html`` there."""
+    draw_figures(out, results, pictures)
+    path = out / "report.html"
+    with atomic_file(path) as temporary:
+        temporary.write_text(page(out, results), encoding="utf-8")
+    return path
+
+
+def draw_figures(out: Path, results: dict[str, Any], pictures: dict[str, Any]) -> None:
+    """PNG and SVG of every figure."""
+    costs, losses, quality = results["costs"], results["held_out_loss"], results["quality"]
+    budgets = [row["budget"] for row in costs]
+    headings = [budget_label(b) for b in budgets]
+    for name, grid in pictures["grids"].items():
+        table = [list(row) for row in zip(*grid, strict=True)]  # one row per image, one column per budget
+        plots.save(plots.plot_image_table(table, headings, GUIDANCE_NAMES[name]), out / f"samples-{name}")
+    relative = {
+        "FLOPs": [row["flops_ratio"] for row in costs],
+        "latency": [row["latency_ratio"] for row in costs],
+    }
+    plots.save(plots.plot_cost(budgets, relative), out / "budget-cost")
+    errors = [row["excess_standard_error"] for row in losses]
+    plots.save(plots.plot_loss(budgets, [row["excess"] for row in losses], errors), out / "budget-loss")
+    for measure, label in (("frechet_distance", "Frechet distance (lower is better)"), ("accuracy", "class accuracy")):
+        series = {
+            GUIDANCE_NAMES[name]: [(row["flops_per_image"] / 1e9, row[measure]) for row in rows]
+            for name, rows in quality.items()
+        }
+        references = {name: row[measure] for name, row in results["references"].items()}
+        plots.save(plots.plot_quality(series, references, label), out / f"quality-{measure.replace('_', '-')}")
+    images, attention, loss = pictures["attention"]
+    bars = {name: (row["mean"], row["half_width"]) for name, row in results["attention"].items()}
+    shown = slice(0, 90, 11)
+    plots.save(plots.plot_attention(images[shown], attention[shown], loss[shown], bars), out / "attention")
+
+
+# ------------------------------------------------------------------------------------------------ words
+
+
+def reading(results: dict[str, Any]) -> list[str]:
+    """What the numbers say, in paragraphs made from them."""
+    return [
+        read_cost(results),
+        read_loss(results),
+        *read_samples(results),
+        read_copying(results),
+        read_attention(results),
+    ]
+
+
+def read_cost(results: dict[str, Any]) -> str:
+    small = results["costs"][0]
+    return (
+        f"<b>Cost.</b> At {budget_label(small['budget'])} of the latents a forward needs {small['flops_ratio']:.0%} of "
+        f"the FLOPs and took {small['latency_ratio']:.0%} of the time (elastic efficiency "
+        f"{small['elastic_efficiency']:.2f}; 1 means that time falls exactly with FLOPs). The rest is the spatial head "
+        "and tail, which always run in full. This model is tiny, so fixed overheads weigh more than at real sizes."
+    )
+
+
+def read_loss(results: dict[str, Any]) -> str:
+    losses = results["held_out_loss"]
+    clear = [row for row in losses[:-1] if row["excess"] > 1.96 * row["excess_standard_error"]]
+    verdict = "No difference is clear at this size of the experiment."
+    if clear:
+        verdict = (
+            f"The difference is clear up to {budget_label(clear[-1]['budget'])}. It is small: 16x16 pixels "
+            "hold little that a few latents cannot carry. Large images are where more latents pay."
+        )
+    excess = ", ".join(f"{_excess(row)} at {budget_label(row['budget'])}" for row in losses[:3])
+    return (
+        "<b>What a budget gives.</b> On held-out digits, with the same noise for every budget, the loss is "
+        f"{excess} above that of full budget, {losses[-1]['loss']:.4f}. {verdict}"
+    )
+
+
+def read_samples(results: dict[str, Any]) -> tuple[str, str]:
+    none, cfg, ccfg = (results["quality"][kind] for kind in ("none", "cfg", "ccfg"))
+    low, references = budget_label(none[0]["budget"]), results["references"]
+    saving = 1 - ccfg[-1]["flops_per_image"] / cfg[-1]["flops_per_image"]
+    return (
+        "<b>Samples.</b> Without guidance the classifier finds the class that was asked for in "
+        f"{none[0]['accuracy']:.1%} of the samples at {low} and {none[-1]['accuracy']:.1%} at full budget; with CFG in "
+        f"{cfg[0]['accuracy']:.1%} and {cfg[-1]['accuracy']:.1%}. Without guidance the Frechet distance goes from "
+        f"{none[0]['frechet_distance']:.2f} to {none[-1]['frechet_distance']:.2f}; as many real training images have "
+        f"{references['training images']['frechet_distance']:.2f}, held-out ones "
+        f"{references['held-out images']['frechet_distance']:.2f}. Over {results['protocol']['samples_per_setting']:,} "
+        "samples such distances are noisy.",
+        f"<b>Guidance.</b> At full budget CCFG costs {saving:.0%} less than CFG; its Frechet distance is "
+        f"{ccfg[-1]['frechet_distance']:.2f} against {cfg[-1]['frechet_distance']:.2f}, its accuracy "
+        f"{ccfg[-1]['accuracy']:.1%} against {cfg[-1]['accuracy']:.1%}.",
+    )
+
+
+def read_copying(results: dict[str, Any]) -> str:
+    copying = results["copying"]
+    near = copying["samples nearer than 99 % of held-out images"]
+    verdict = "The model does not copy." if near < 0.05 else "Some samples are close to training images: look at them."
+    return (
+        f"<b>Memory.</b> The nearest training image of a sample is {copying['samples']:.3f} away (median, RMS of "
+        f"pixels in [-1, 1]), that of a held-out digit {copying['held-out images']:.3f}; {near:.1%} of the samples "
+        f"are nearer than 99 % of the held-out digits, where 1 % would be expected of new digits. {verdict}"
+    )
+
+
+def read_attention(results: dict[str, Any]) -> str:
+    same, other = results["attention"]["same image"], results["attention"]["another image"]
+    return (
+        "<b>Attention.</b> The rank correlation between the attention that a token receives in Read and its loss is "
+        f"{same['mean']:.2f} ± {same['half_width']:.2f}; with that of another image it is {other['mean']:.2f} ± "
+        f"{other['half_width']:.2f}. Only the difference is evidence that the latents look where this very image is "
+        "hard; the control shows how much any digit gives."
+    )
+
+
+def _excess(row: dict[str, Any]) -> str:
+    return f"{row['excess']:+.4f} ± {1.96 * row['excess_standard_error']:.4f}"
+
+
+def cost_table(results: dict[str, Any]) -> str:
+    head = ["budget", "latents per window", "MFLOPs", "MMACs", "latency (ms)", "quartiles (ms)", "FLOPs", "latency"]
+    head += ["elastic efficiency", "held-out loss", "above full"]
+    rows = []
+    for cost, loss in zip(results["costs"], results["held_out_loss"], strict=True):
+        low, high = cost["latency_ms_quartiles"]
+        rows.append(
+            [
+                budget_label(cost["budget"]),
+                str(cost["num_latents"]),
+                f"{cost['flops'] / 1e6:.1f}",
+                f"{cost['macs'] / 1e6:.1f}",
+                f"{cost['latency_ms']:.1f}",
+                f"{low:.1f} to {high:.1f}",
+                f"{cost['flops_ratio']:.0%}",
+                f"{cost['latency_ratio']:.0%}",
+                f"{cost['elastic_efficiency']:.2f}",
+                f"{loss['loss']:.4f}",
+                _excess(loss),
+            ]
+        )
+    return _table(head, rows)
+
+
+def quality_table(results: dict[str, Any]) -> str:
+    head = ["guidance", "budget", "GFLOPs per image", "class accuracy", "Frechet distance"]
+    rows = [
+        [
+            GUIDANCE_NAMES[name],
+            budget_label(row["budget"]),
+            f"{row['flops_per_image'] / 1e9:.2f}",
+            f"{row['accuracy']:.1%}",
+            f"{row['frechet_distance']:.2f}",
+        ]
+        for name, of_budget in results["quality"].items()
+        for row in of_budget
+    ]
+    rows += [
+        [f"real {name}", "", "", f"{row['accuracy']:.1%}", f"{row['frechet_distance']:.2f}"]
+        for name, row in results["references"].items()
+    ]
+    return _table(head, rows)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    def line(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + line(head, "th") + "".join(line(row, "td") for row in rows) + "</table>"
+
+
+# ------------------------------------------------------------------------------------------------ the page
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { margin-bottom: 0; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd; } .lead { font-size: 1.1rem; }
+table { border-collapse: collapse; font-size: 0.85rem; margin: 1rem 0; } img { max-width: 100%; }
+th, td { padding: 0.25rem 0.6rem; text-align: right; border-bottom: 1px solid #e5e5e5; }
+th { font-weight: 600; vertical-align: bottom; } td:first-child, th:first-child { text-align: left; }
+.row { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; } .row img { flex: 1 1 17rem; min-width: 0; }
+.grids img { max-width: 19rem; } footer { color: #666; font-size: 0.85rem; margin-top: 2.5rem; }
+"""
+
+
+def page(out: Path, results: dict[str, Any]) -> str:
+    """The HTML of the report; figures are read from ``out``."""
+
+    def figure(name: str, alt: str) -> str:
+        data = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
+        return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+
+    training, environment, protocol = results["training"], results["environment"], results["protocol"]
+    config = training["config"]
+    grids = "".join(figure(f"samples-{name}", f"samples, {long}") for name, long in GUIDANCE_NAMES.items())
+    paragraphs = "".join(f"<p>{text}</p>" for text in reading(results))
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>ELIT quickstart</title>
+<style>{STYLE}</style>
+<h1>One set of weights, many budgets</h1>
+<p class="lead">An elastic diffusion transformer with {training["parameters"] / 1e6:.2f} M parameters, trained on real
+handwritten digits for {config["steps"]:,} steps in {training["seconds"] / 60:.1f} minutes. Each column below is the
+same model and the same noise; only the fraction of latents in use differs.</p>
+<div class="row grids">{grids}</div>
+<h2>An honest reading</h2>{paragraphs}
+<h2>What each budget costs</h2>
+<div class="row">{figure("budget-cost", "FLOPs and latency against budget")}
+{figure("budget-loss", "held-out loss against budget")}</div>
+{cost_table(results)}
+<p>One forward; FLOPs of one image, latency of a batch of {protocol["latency_batch"]} (median of 30, all budgets in
+turns). 1 MAC = 2 FLOPs. Intervals are 95 %.</p>
+<h2>What each budget gives</h2>
+<div class="row">{figure("quality-frechet-distance", "Frechet distance against cost")}
+{figure("quality-accuracy", "class accuracy against cost")}</div>
+{quality_table(results)}
+<p>{protocol["samples_per_setting"]:,} samples per row, {protocol["sampling_steps"]} Euler steps, guidance scale
+{protocol["guidance_scale"]:g}; features: {escape(protocol["features"])}.</p>
+<h2>Where the latents look</h2>{figure("attention", "Read attention beside the loss of every token")}
+<p>Attention that each token receives from the latents of its window, and its loss, both averaged over noises at
+t = 0.5, on held-out digits. Error bars are 95 % intervals over images.</p>
+<footer>elit quickstart --seed {config["seed"]} &middot; elit {environment["elit"]}, torch {environment["torch"]},
+{environment["cores"]} cores, {environment["threads"]} threads &middot; {environment["date"]} &middot; numbers in
+results.json</footer></html>
+"""

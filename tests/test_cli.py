@@ -1,0 +1,147 @@
+"""The command line as a user meets it: real processes, real files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+FIELDS = {"width": 32, "depth": 3, "num_heads": 2, "head_depth": 1, "tail_depth": 1, "patch_size": 1, "group_size": 4}
+
+
+def elit(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "elit", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+
+
+def refused(*arguments: object, cwd: Path | None = None) -> str:
+    """The one sentence of a refusal."""
+    done = elit(*arguments, cwd=cwd)
+    sentence = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2, done.stderr
+    assert sentence.startswith("elit: ")
+    assert "Traceback" not in done.stderr
+    return sentence
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run."""
+    out = tmp_path_factory.mktemp("runs") / "digits8"
+    config = out.parent / "config.yaml"
+    config.write_text(
+        json.dumps(
+            {
+                "out": str(out),
+                "data": "digits8",
+                "model": {"name": "ELIT-DiT-S/1", "fields": FIELDS},
+                "steps": 100,
+                "batch_size": 16,
+            }
+        )
+    )
+    done = elit("train", "--config", config, "--steps", 5, "--model.fields.width", 16)
+    assert done.returncode == 0, done.stderr
+    assert "done: elit sample" in done.stdout
+    return out
+
+
+def test_sample(run: Path, tmp_path: Path) -> None:
+    arguments = ("sample", "--model", run, "--num-images", 4, "--guidance", "ccfg", "--guidance-scale", 2, "--steps", 3)
+    first, second = tmp_path / "a.png", tmp_path / "deep" / "b.png"
+    for out in (first, second):
+        done = elit(*arguments, "--budget", 0.25, "--out", out)
+        assert done.returncode == 0, done.stderr
+    picture = np.asarray(Image.open(first))
+    assert picture.shape == (2 * 64 + 3 * 2 * 8, 2 * 64 + 3 * 2 * 8)
+    assert (picture == np.asarray(Image.open(second))).all()
+    assert json.loads(Image.open(first).info["elit"])["guidance_scale"] == 2
+    elit(*arguments, "--budget", "0.25,0.5,1", "--out", tmp_path / "c.png")
+    elit(*arguments, "--budget", "0.25@0.5,1", "--seed", 4, "--out", tmp_path / "d.png")
+    assert len({p.read_bytes() for p in (first, tmp_path / "c.png", tmp_path / "d.png")}) == 3
+
+
+def test_info(run: Path) -> None:
+    named = elit("info", "ELIT-SiT-XL/2", "--resolution", 512)
+    assert named.returncode == 0
+    assert "705.122 M parameters" not in named.stdout  # the window positions grow with the resolution
+    assert "16 windows of 8x8 tokens, 4 to 64 latents each (61 budgets)" in named.stdout
+    own = elit("info", run)
+    assert "3 blocks as 1-1-1 of width 16" in own.stdout
+
+
+def test_help() -> None:
+    assert {"quickstart", "train", "sample", "info"} <= set(elit("--help").stdout.split())
+    help_text = elit("sample", "--help").stdout
+    assert "--guidance-scale" in help_text
+    assert "fraction of the latents" in help_text
+    assert "weight-decay" in elit("train", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--budget", "0"), "budget is 0.0; it must be a number in (0, 1]"),
+        (("--budget", "1.5"), "budget is 1.5"),
+        (("--budget", "abc"), "budget is 'abc'"),
+        (("--budget", "0.5,0.5"), "lists 2 values for 3 sampling steps"),
+        (("--labels", "[10]", "--num-images", "1"), "label 10 does not exist; the model knows 0..9"),
+        (("--labels", "[1,2]", "--num-images", "3"), "labels lists 2 classes for 3 images"),
+        (("--num-images", "two"), "num_images: Expected a whole number"),
+        (("--num-images", "0"), "num_images and batch_size must be at least 1"),
+        (("--guidance", "strong"), "guidance"),
+        (("--guidance", "ccfg", "--guidance-budget", "2"), "the guidance budget is 2"),
+        (("--out", "x.jpg"), "it must be a .png file"),
+        (("--colour", "red"), "colour"),
+    ],
+)
+def test_wrong_options_of_sample(run: Path, tmp_path: Path, options: tuple[str, ...], words: str) -> None:
+    assert words in refused("sample", "--model", run, "--steps", 3, *options, cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_models(run: Path, tmp_path: Path) -> None:
+    assert "there is no model at" in refused("sample", "--model", tmp_path / "nothing")
+    assert "holds no model" in refused("sample", "--model", tmp_path)
+    assert "no model at nope" in refused("info", "nope")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    (damaged / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    assert "does not exist" in refused("sample", "--model", damaged)
+    (damaged / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:-100])
+    assert "is damaged" in refused("sample", "--model", damaged)
+
+
+def test_output_that_cannot_be_written(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refused("sample", "--model", run, "--out", tmp_path / "file" / "x.png")
+    assert "cannot write" in refused("train", "--data", "digits8", "--out", tmp_path / "file" / "run")
+    assert "cannot write" in refused("quickstart", "--out", tmp_path / "file" / "quickstart")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_wrong_settings_of_train(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("stepz: 3\n")
+    assert "stepz" in refused("train", "--config", config)
+    config.write_text("model: {name: ELIT-DiT-S/2, fields: {group_sice: 3}}\ndata: digits8\n")
+    assert "no field 'group_sice'" in refused("train", "--config", config, cwd=tmp_path)
+    config.write_text("steps: [\n")
+    assert "config" in refused("train", "--config", config)
+    assert "missing.yaml" in refused("train", "--config", tmp_path / "missing.yaml")
+    assert "steps: Expected a whole number" in refused("train", "--steps", "many")
+    fields = ("--model.fields", '{"group_size": 3}')
+    assert "group size 3 does not divide" in refused("train", "--data", "digits", *fields, cwd=tmp_path)
+    assert "invalid choice: 'foo'" in refused("foo")
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = elit("--debug", "info", "nope")
+    assert "Traceback" in done.stderr
+    assert "there is no model at nope" in done.stderr
