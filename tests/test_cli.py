@@ -4,11 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from PIL import Image
+
+ROOT = Path(__file__).parents[1]
 
 FIELDS = {"width": 32, "depth": 3, "num_heads": 2, "head_depth": 1, "tail_depth": 1, "patch_size": 1, "group_size": 4}
 
@@ -74,8 +80,35 @@ def test_info(run: Path) -> None:
     assert "3 blocks as 1-1-1 of width 16" in own.stdout
 
 
+def test_published_checkpoint(tmp_path: Path) -> None:
+    """A published file is converted, described and sampled from, and comes back as it was."""
+    file = ROOT / "tests/data/published/elit_sit_tiny.pt"
+    assert "leaves num_heads open" in refused("convert", file, tmp_path / "ours")
+    done = elit("convert", file, tmp_path / "ours", "--num-heads", 4, "--tail-depth", 2)
+    assert "wrote ELIT-SiT-8x96/2 with 2.1 M parameters, from ema" in done.stdout
+    assert elit("convert", tmp_path / "ours", tmp_path / "back.pt").returncode == 0
+    before, after = (load(path)["ema"] for path in (file, tmp_path / "back.pt"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+    described = elit("info", tmp_path / "back.pt").stdout
+    assert "8 blocks as 2-4-2 of width 96 with 4 heads" in described
+    autoencoder = tmp_path / "autoencoder"
+    AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=2).save_pretrained(autoencoder)
+    options = ("--num-images", 2, "--steps", 2, "--budget", 0.25, "--out", tmp_path / "x.png")
+    sampled = elit("sample", "--model", tmp_path / "back.pt", "--autoencoder", autoencoder, *options)
+    assert "is a published checkpoint: ema of ELIT-SiT-8x96/2" in sampled.stderr
+    assert np.asarray(Image.open(tmp_path / "x.png")).ndim == 3
+    assert "there is no autoencoder at" in refused("sample", "--model", tmp_path / "back.pt", "--autoencoder", tmp_path)
+
+
+def load(path: Path) -> Any:
+    with torch.serialization.safe_globals([Namespace]):
+        return torch.load(path, weights_only=True)
+
+
 def test_help() -> None:
-    assert {"quickstart", "train", "sample", "info"} <= set(elit("--help").stdout.split())
+    assert {"quickstart", "train", "sample", "info", "convert"} <= set(elit("--help").stdout.split())
     help_text = elit("sample", "--help").stdout
     assert "--guidance-scale" in help_text
     assert "fraction of the latents" in help_text

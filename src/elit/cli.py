@@ -3,6 +3,7 @@
 Every option is a parameter of the function, and every parameter may come from ``--config FILE.yaml``.
 """
 
+import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any, NoReturn
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from elit import __version__
+from elit.app.convert import convert_model
 from elit.app.info import info
 from elit.app.quickstart import quickstart
 from elit.app.sample import sample_images
@@ -23,7 +25,10 @@ VERBS: dict[str, Callable[..., object]] = {
     "train": train,
     "sample": sample_images,
     "info": info,
+    "convert": convert_model,
 }
+
+POSITIONAL = ("info", "convert")  # verbs whose required options need no name
 
 
 class Parser(ArgumentParser):
@@ -52,7 +57,7 @@ def make_parser() -> Parser:
         if function is train:
             verb.add_class_arguments(TrainConfig, as_group=False)
         else:
-            verb.add_function_arguments(function, as_group=False, as_positional=name == "info")
+            verb.add_function_arguments(function, as_group=False, as_positional=name in POSITIONAL)
         verbs.add_subcommand(name, verb, help=summary)
     return parser
 
@@ -61,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb and returns the exit code: 0, 2 for a wrong input, 130 after Ctrl-C."""
     arguments = [_with_underscores(a) for a in (sys.argv[1:] if argv is None else argv)]
     debug = "--debug" in arguments
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("elit").setLevel(logging.INFO)  # which model was found where
     try:
         parser = make_parser()
         chosen = parser.instantiate(parser.parse_args(arguments))

@@ -49,7 +49,7 @@ def count_flops(model: Model, budget: float | None = None) -> Cost:
     meta = model if model.device.type == "meta" else on_meta(model.config)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         y = torch.zeros(1, dtype=torch.long) if meta.config.num_classes else None
-        meta(torch.empty(1, *meta.input_shape()), torch.empty(1), y, budget=budget)
+        meta(*meta.example(1), y, budget=budget)
     return Cost(budget, meta.level(budget), counter.get_total_flops())
 
 
@@ -59,8 +59,7 @@ def measure_latency(
 ) -> list[Latency]:
     """Times a forward at several budgets, in turns, so that a busy moment of the machine meets all of them."""
     device = model.device
-    x = torch.randn(batch_size, *model.input_shape(), device=device, dtype=model.dtype)
-    t = torch.rand(batch_size, device=device)
+    x, t = model.example(batch_size)
     classes = model.config.num_classes
     y = torch.randint(classes, (batch_size,), device=device) if classes else None
 

@@ -11,6 +11,7 @@ from elit.errors import ElitError
 from elit.interface import triple
 from elit.models import Model, config_for
 from elit.models.files import CONFIG, read_config, resolve
+from elit.models.published import read, recover_config
 from elit.models.registry import is_name
 
 SHOWN_BUDGETS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -32,7 +33,7 @@ def info(model: str, resolution: int | None = None) -> None:
     """Print the parameters of a model, and the FLOPs and MACs of each budget; named models allocate no weights.
 
     Args:
-        model: a name like ELIT-SiT-XL/2, a run directory, a saved model or a Hub id.
+        model: a name like ELIT-SiT-XL/2, a run directory, a saved model, a published .pt file or a Hub id.
         resolution: pixels of a side, for named models on autoencoder latents (8 pixels per latent); default 256.
 
     Raises:
@@ -43,7 +44,8 @@ def info(model: str, resolution: int | None = None) -> None:
     elif resolution is not None:
         raise ElitError(f"resolution is for named models; {model} has its own")
     else:
-        shapes = on_meta(read_config(resolve(model) / CONFIG))
+        path = resolve(model)
+        shapes = on_meta(recover_config(read(path)) if path.is_file() else read_config(path / CONFIG))
     print_description(model, shapes)
 
 

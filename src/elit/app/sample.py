@@ -10,11 +10,13 @@ from rich.console import Console
 
 from elit.app.images import to_grid
 from elit.atomic import atomic_file
-from elit.data.autoencoder import decode
+from elit.data.autoencoder import decode, load_autoencoder
 from elit.errors import ElitError
 from elit.flow import Guidance, sample
 from elit.interface import Budget, BudgetByNoise
 from elit.models.files import load
+
+PIXELS = (1, 3)  # channels of models that need no autoencoder
 
 
 def parse_budget(text: float | str | None) -> Budget | None:
@@ -56,7 +58,7 @@ def sample_images(
     """Draw images from a model into one PNG grid.
 
     Args:
-        model: a run directory, a saved model or a Hub id.
+        model: a run directory, a saved model, a published .pt file or a Hub id.
         out: the PNG file to write.
         num_images: how many.
         labels: one class per image, such as [3,1,4]; default all classes in turn.
@@ -93,7 +95,8 @@ def sample_images(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     net = load(model, weights=weights, device=device)
-    classes = net.config.num_classes
+    classes, channels = net.config.num_classes, net.config.in_channels
+    decoder = None if channels in PIXELS else load_autoencoder(autoencoder, channels)
     record = PngInfo()
     record.add_text("elit", json.dumps(settings, default=str))
     with atomic_file(out) as temporary:  # opened first: a folder that cannot be written is told before the work
@@ -109,8 +112,6 @@ def sample_images(
             batch_size=batch_size,
             progress=True,
         )
-        if images.shape[1] not in (1, 3):
-            images = decode(images, autoencoder)
-        to_grid(images).save(temporary, pnginfo=record)
+        to_grid(images if decoder is None else decode(images, decoder)).save(temporary, pnginfo=record)
     Console(soft_wrap=True, highlight=False).print(f"{num_images} images in {out}")
     return out

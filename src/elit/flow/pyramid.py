@@ -84,7 +84,7 @@ class StageDensity:
 
     def draw(self, count: int, path: Path, generator: torch.Generator) -> tuple[Tensor, int]:
         """Times (count, S) in float32, 1 for the stages that are masked, and the number of active stages."""
-        weights = torch.tensor(self.weights, device=generator.device)
+        weights = torch.tensor(self.weights, dtype=torch.float64, device=generator.device)
         last = int(torch.multinomial(weights, 1, generator=generator))
         times = torch.ones(count, len(self.weights), device=generator.device)
         for stage in range(last + 1):
@@ -113,8 +113,8 @@ def pyramid_loss(
     at = [times.view(-1, 1, 1, 1) for times in t.unbind(1)]
     states = [interpolate(path, *each) for each in zip(stages, noise, at, strict=True)]
     targets = [velocity(path, *each) for each in zip(stages, noise, at, strict=True)]
-    errors = [v - target for v, target in zip(model(states, t, active), targets, strict=True)]
-    losses = torch.stack([error.float().square().flatten(1).mean(1) for error in errors])  # (S, B)
+    errors = [v.float() - target.float() for v, target in zip(model(states, t, active), targets, strict=True)]
+    losses = torch.stack([error.square().flatten(1).mean(1) for error in errors])  # (S, B)
     # Sliced after the stack: heads of masked stages get a zero gradient, and distributed training wants one of each.
     return losses[:active].sum(0)
 

@@ -64,9 +64,9 @@ def sample(
     problem = _problem(model, solver, steps)
     times = problem.times
     start = _start(problem.shape, count, seeds, noise)
+    budgets = budget_per_step(budget, times[:-1].view(len(times) - 1, -1).mean(1).tolist())
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ElitError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
-    budgets = budget_per_step(budget, times[:-1].view(len(times) - 1, -1).mean(1).tolist())
     for each in set(budgets):
         model.level(each)
     weak = weak_budget(model, guidance) if guidance else None

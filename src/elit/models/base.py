@@ -61,6 +61,11 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="elit", license="apach
         size = self.config.input_size
         return (self.config.in_channels, *((size, size) if isinstance(size, int) else size))
 
+    def example(self, batch_size: int) -> tuple[Any, Tensor]:
+        """Random x and t of the shapes that a forward takes, on the model's device and in its dtype: for measuring."""
+        x = torch.randn(batch_size, *self.input_shape(), device=self.device, dtype=self.dtype)
+        return x, torch.rand(batch_size, device=self.device)
+
     def check_labels(self, y: Tensor) -> None:
         """Looks at the values of labels, once and at the user's edge (a forward does not).
 

@@ -72,6 +72,12 @@ class DFM(Transformer):
         sizes = (config.of_stage(config.input_size, stage) for stage in range(config.stages))
         return [(config.in_channels, height, width) for _, height, width in sizes]
 
+    def example(self, batch_size: int) -> tuple[list[Tensor], Tensor]:
+        """Random x and t of the shapes that a forward takes, as :meth:`Model.example`."""
+        device = self.device
+        x = [torch.randn(batch_size, *shape, device=device, dtype=self.dtype) for shape in self.stage_shapes]
+        return x, torch.rand(batch_size, self.config.stages, device=device)
+
     def forward(
         self,
         x: Sequence[Tensor],

@@ -196,8 +196,9 @@ def _download(repo: str, file: str, **hub: Any) -> Path:
         raise ElitError(f"there is no model at {wanted}, and it is no Hub id either") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
+        kind = "file" if file else "folder"
         raise ElitError(
-            f"there is no {wanted} on this disk, and the Hub does not give a model of that id ({reason})"
+            f"there is no {kind} {wanted}, and the Hub does not give a model of that id ({reason})"
         ) from error
     if not (folder / CONFIG).is_file():
         raise ElitError(f"{repo} on the Hub has no {CONFIG}; for a published checkpoint in it give {repo}/FILE.pt")

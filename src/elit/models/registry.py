@@ -108,7 +108,7 @@ def create(name: str, resolution: int | tuple[int, int] = 256, downsample: int =
 
 def build(config: DiTConfig) -> Model:
     """The model that a configuration describes, with fresh weights."""
-    return next(model_class(config) for model_class, its in ARCHITECTURES.values() if its is type(config))
+    return model_class_of(config)(config)
 
 
 def _input_size(resolution: int | tuple[int, int], downsample: int) -> int | tuple[int, ...]:
