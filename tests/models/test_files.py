@@ -266,17 +266,20 @@ def test_a_missing_run_is_named_at_once(source: str, monkeypatch: pytest.MonkeyP
             read(source)
 
 
-def test_a_file_is_no_model(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ElitError, match=r"/file is empty"):  # a file is taken for a published checkpoint
-        elit.load(tmp_path / "file")
+@pytest.mark.parametrize("content", ["", "some notes"])
+def test_a_file_that_is_no_checkpoint_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text(content)
+    for read in (elit.load, DiT.from_pretrained):
+        with pytest.raises(ElitError, match=r"/notes\.txt") as caught:
+            read(tmp_path / "notes.txt")
+        assert "\n" not in str(caught.value)
 
 
 def test_a_hub_id_without_the_network_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # what HF_HUB_OFFLINE=1 sets at import
     monkeypatch.chdir(tmp_path)
     for read in (elit.load, DiT.from_pretrained):
-        with pytest.raises(ElitError, match="no folder nobody/nothing, and the Hub does not give a model") as caught:
+        with pytest.raises(ElitError, match=r"nobody/nothing.* and the Hub does not give a model") as caught:
             read("nobody/nothing", cache_dir=tmp_path)
         assert "\n" not in str(caught.value)
 
@@ -292,6 +295,17 @@ def test_a_hub_id_is_downloaded_with_its_revision(saved: Path, monkeypatch: pyte
     model = DiT.from_pretrained("someone/model", revision="v2")
     assert asked == [("someone/model", {"allow_patterns": [CONFIG, WEIGHTS], "revision": "v2"})]
     assert torch.equal(model.patch_embed.weight, tiny().patch_embed.weight)
+
+
+def test_a_repository_of_something_else_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **_: str(tmp_path))
+    with pytest.raises(ElitError, match=r"someone/else on the Hub has no config\.json"):
+        elit.load("someone/else")
+
+
+def test_a_saved_model_knows_its_own_shape(saved: Path) -> None:
+    with pytest.raises(ElitError, match="model says its num_heads itself"):
+        elit.load(saved, num_heads=4)
 
 
 def test_a_model_of_another_class_is_named(saved: Path) -> None:
