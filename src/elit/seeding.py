@@ -7,7 +7,7 @@ import torch
 
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed that depends on every part: ``derive_seed(seed, "noise", step)``."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 

@@ -61,4 +61,4 @@ def test_reading_follows_the_numbers(out: Path) -> None:
     assert "No difference is clear" in text
     assert "Some samples are close to training images" in text
     results["held_out_loss"][0] |= {"excess": 0.1, "excess_standard_error": 0.001}
-    assert "The difference is clear up to 1/16" in " ".join(reading(results))
+    assert "That is clear at 1/16, and small" in " ".join(reading(results))

@@ -86,10 +86,10 @@ def plot_quality(
         axes.plot(cost, value, color=colour, marker=marker, label=name)
     for (name, level), dash in zip(references.items(), ("--", ":"), strict=False):
         axes.axhline(level, color=GREY, linestyle=dash, linewidth=1, label=f"real: {name}")
-    axes.set_xscale("log")
+    axes.set_xlim(left=0)
     axes.set_xlabel("cost of an image (GFLOPs, all sampling steps)")
     axes.set_ylabel(ylabel)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     return figure
 
 
@@ -97,14 +97,15 @@ def plot_quality(
 def plot_image_table(images: Sequence[Sequence[Tensor]], columns: Sequence[str], title: str) -> Figure:
     """Grey or RGB images (C, H, W) in [-1, 1]: one column per heading."""
     rows = len(images)
-    figure, axes = plt.subplots(rows, len(columns), figsize=(0.9 * len(columns), 0.9 * rows + 0.5), squeeze=False)
+    size = (0.9 * len(columns), 0.9 * rows + 0.55)
+    figure, axes = plt.subplots(rows, len(columns), figsize=size, squeeze=False)
     for row, line in enumerate(images):
         for column, image in enumerate(line):
             _show(axes[row][column], image)
     for column, heading in enumerate(columns):
         axes[0][column].set_title(heading, fontsize=9)
-    figure.suptitle(title, fontsize=10, y=0.99)
-    figure.subplots_adjust(wspace=0.04, hspace=0.04, top=1 - 0.55 / (0.9 * rows + 0.5))
+    figure.suptitle(title, fontsize=10, y=0.995)
+    figure.subplots_adjust(0, 0, 1, 1 - 0.55 / size[1], wspace=0.04, hspace=0.04)
     return figure
 
 

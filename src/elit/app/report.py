@@ -79,7 +79,7 @@ def read_loss(results: dict[str, Any]) -> str:
     verdict = "No difference is clear at this size of the experiment."
     if clear:
         verdict = (
-            f"The difference is clear up to {budget_label(clear[-1]['budget'])}. It is small: 16x16 pixels "
+            f"That is clear at {', '.join(budget_label(row['budget']) for row in clear)}, and small: 16x16 pixels "
             "hold little that a few latents cannot carry. Large images are where more latents pay."
         )
     excess = ", ".join(f"{_excess(row)} at {budget_label(row['budget'])}" for row in losses[:3])

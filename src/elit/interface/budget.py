@@ -50,7 +50,12 @@ def draw_level(levels: Sequence[int], seed: int, step: int, weights: Sequence[fl
     """The level of one training step: uniform over the levels, or by weights.
 
     A function of (seed, step) alone, so that all processes agree without talking and a resumed run draws the same.
+
+    Raises:
+        ElitError: another number of weights than of levels.
     """
+    if weights is not None and len(weights) != len(levels):
+        raise ElitError(f"{len(weights)} weights for {len(levels)} levels; give one for each")
     return random.Random(derive_seed(seed, "budget", step)).choices(levels, weights)[0]
 
 

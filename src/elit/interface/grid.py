@@ -24,6 +24,11 @@ def triple(size: int | tuple[int, ...] | list[int]) -> Triple:
     return sizes[0], sizes[1], sizes[2]
 
 
+def position_axes(size: Triple) -> int:
+    """How many axes positions on a grid have: (row, column), and with T > 1 time before them."""
+    return 3 if size[0] > 1 else 2
+
+
 @dataclass(frozen=True)
 class TokenGrid:
     """T x H x W tokens, cut into equal windows.
@@ -59,6 +64,11 @@ class TokenGrid:
         return t // wt, h // wh, w // ww
 
     @property
+    def axes(self) -> int:
+        """3 for video, 2 for images."""
+        return position_axes(self.size)
+
+    @property
     def num_windows(self) -> int:
         """G."""
         return math.prod(self.shape)
@@ -86,7 +96,12 @@ class TokenGrid:
         return self.to_windows(index[None, :, None])[0, :, :, 0]
 
 
-def coordinates(size: Triple, device: torch.device | str | None = None) -> Tensor:
-    """Integer coordinates of a grid in raster order: (N, 2) as (row, column), or (N, 3) with time where T > 1."""
-    axes = size if size[0] > 1 else size[1:]
-    return torch.cartesian_prod(*(torch.arange(n, device=device) for n in axes)).view(-1, len(axes))
+def coordinates(size: Triple, axes: int | None = None, device: torch.device | str | None = None) -> Tensor:
+    """Integer coordinates (N, axes) of a grid in raster order: (row, column), or with three axes (time, row, column).
+
+    Args:
+        axes: 2 or 3; by default as many as the grid needs.
+    """
+    axes = position_axes(size) if axes is None else axes
+    shown = size[3 - axes :]
+    return torch.cartesian_prod(*(torch.arange(n, device=device) for n in shown)).view(-1, axes)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from elit.errors import ElitError
 from elit.interface.budget import Rounding, default_min_latents, to_level
 from elit.interface.grid import TokenGrid, Triple, coordinates, triple
-from elit.layers import CrossAttention, Mlp, Modulation, Rotary, RotaryTable, layer_norm, modulate, rotary
+from elit.layers import CrossAttention, Mlp, Modulation, Rotary, RotaryTable, init_model, layer_norm, modulate, rotary
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,9 @@ class LatentInterface(nn.Module):
             # Row g * J + j is latent j of window g; rows past the grid's tokens are kept for saving back only.
             self.latent_positions = nn.Parameter(torch.empty(self.MAX_POSITIONS, width))
         else:
-            self.window_table = RotaryTable(coordinates(self.grid.window), self.head_dim, rope_theta)
+            self.window_table = RotaryTable(coordinates(self.grid.window, self.grid.axes), self.head_dim, rope_theta)
             self.core_table = RotaryTable(self.positions(self.grid), self.head_dim, rope_theta)
+        init_model(self)
 
     @property
     def published(self) -> bool:
@@ -213,6 +214,6 @@ class LatentInterface(nn.Module):
 
     def positions(self, grid: TokenGrid, device: torch.device | None = None) -> Tensor:
         """Coordinates (G * J, A) of all latents: index in window, then those of the window."""
-        place = coordinates(grid.shape, device)
+        place = coordinates(grid.shape, self.grid.axes, device)
         index = torch.arange(self.num_latents, device=device).repeat(grid.num_windows)
         return torch.cat((index[:, None], place.repeat_interleave(self.num_latents, dim=0)), dim=1)

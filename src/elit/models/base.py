@@ -81,6 +81,10 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="elit", license="apach
         """The condition of "no class" for each of y."""
         return torch.full_like(y, self.config.num_classes)
 
+    def drop_condition(self, y: Tensor, dropped: Tensor) -> Tensor:
+        """Conditions y of a batch, those marked in ``dropped`` (B,) replaced by :meth:`null_condition`."""
+        return torch.where(dropped, self.null_condition(y), y)
+
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Writes ``config.json``, ``model.safetensors`` and a model card into a folder.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from elit.errors import ElitError
 from elit.interface import InterfaceConfig, LatentInterface, coordinates, triple
-from elit.interface.grid import Triple
+from elit.interface.grid import Triple, position_axes
 from elit.layers import Block, FinalLayer, Rotary, RotaryTable, TimeEmbed, init_model, rotary, sincos_table
 from elit.models.base import Model
 
@@ -136,7 +136,10 @@ class Transformer(Model):
         if (y is None) != (self.label_embed is None):
             want = "takes no labels" if y is not None else f"needs labels 0..{config.num_classes - 1}"
             raise ElitError(f"the model {want} (num_classes is {config.num_classes})")
-        return tokens_of(triple(tuple(x.shape[2:])), patch)
+        size = tokens_of(triple(tuple(x.shape[2:])), patch)
+        if size[0] > 1 and config.grid_size[0] == 1:
+            raise ElitError(f"input of shape {tuple(x.shape)} is video, and the model is one of images")
+        return size
 
     def place(self, s: Tensor, size: Triple) -> Tensor:
         """Adds the sine-cosine positions, where the model has them, to spatial tokens (B, N, D)."""
@@ -170,7 +173,8 @@ class Transformer(Model):
             return None
         if size == config.grid_size:
             return self.rope_table()
-        return rotary(coordinates(size, device), config.width // config.num_heads, config.rope_theta)
+        axes = position_axes(config.grid_size)  # a clip of one frame has the frequencies of longer ones
+        return rotary(coordinates(size, axes, device), config.width // config.num_heads, config.rope_theta)
 
 
 class DiT(Transformer):

@@ -155,7 +155,7 @@ class Trainer:
         noise = torch.randn(x.shape, generator=rng, device=x.device)
         if y is not None:
             dropped = torch.rand(len(x), generator=rng, device=x.device) < config.label_dropout
-            y = torch.where(dropped, self.model.null_condition(y), y)
+            y = self.model.drop_condition(y, dropped)
         level = self._draw_level()
         budget = level / self.model.num_latents if level else None
 
