@@ -36,6 +36,8 @@ def training_levels(config: ElasticConfig, model: Model) -> Levels:
     if config.by_noise is not None:
         if config.batching == "scaled":
             raise ElitError("elit.batching is scaled, which needs one budget a step; elit.by_noise gives several")
+        if config.weights is not None:
+            raise ElitError("elit.weights is for levels that are drawn; elit.by_noise draws none")
         return Levels(tuple(sorted({model.level(budget) for budget in config.by_noise.budgets})))
     levels = _listed(config.levels, model) if chosen == "levels" else _from_mask_probs(config, model)
     if config.weights is None:

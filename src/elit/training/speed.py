@@ -66,9 +66,9 @@ class Speedometer:
         return Speed(self.images / seconds, mfu)
 
 
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """FLOP/s of a device in half precision; None where it is not known, and for fp32 and processors."""
-    if device.type != "cuda" or precision == "no":
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s of a device in half precision; None where it is not known, and for processors."""
+    if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK.items() if part in name), None)

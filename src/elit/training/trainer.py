@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from elit.data import Data, open_data, sample_indices
@@ -112,9 +113,9 @@ class Trainer:
         self.ema = make_ema(self.model, config.ema_decay)
         self.groups = named_groups(self.model, config.optimizer)
         self.optimizers = make_optimizers(self.model, config.optimizer)
-        precision = self.accelerator.mixed_precision
-        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=precision == "fp16")
-        peak = peak_flops(self.accelerator.device, precision)
+        self.half = half_precision(config)
+        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.half == torch.float16)
+        peak = peak_flops(self.accelerator.device) if self.half else None
         self.speedometer = Speedometer(self.model, peak and peak * self.accelerator.num_processes)
         self.last_speed: Speed | None = None
         self.step = 0
@@ -130,8 +131,7 @@ class Trainer:
             stack.enter_context(_stop_on_signals(self))
             self.accelerator.wait_for_everyone()
             self._resume()
-            prepare_blocks(self.model, self.config)
-            network = self.accelerator.prepare(self.model)
+            network = self._wrap()
             self._start_log()
             skipped_in_a_row = 0
             while self.step < self.config.steps and not self._stop:
@@ -238,7 +238,9 @@ class Trainer:
         x, y = self._batch(indices)
         if y is not None:
             y = self.model.drop_condition(y, draws.dropped)
-        return losses(network, x, y, draws, self.path, level / self.model.num_latents if level else None)
+        budget = level / self.model.num_latents if level else None
+        with torch.autocast(x.device.type, self.half, enabled=self.half is not None):
+            return losses(network, x, y, draws, self.path, budget)
 
     def _batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Data (B, C, H, W) and labels (B,) at indices (B,); no labels for an unconditional model."""
@@ -267,6 +269,14 @@ class Trainer:
         return norm
 
     # -------------------------------------------------------------------------------------------- the run
+
+    def _wrap(self) -> nn.Module:
+        """The model as it is trained: blocks prepared, precision set, gradients averaged over processes."""
+        prepare_blocks(self.model, self.config)
+        # Buffers are tables of positions, the same everywhere: processes need not tell each other.
+        buffers = [name for name, _ in self.model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, buffers)
+        return self.accelerator.prepare(self.model)
 
     def _resume(self) -> None:
         checkpoint = state.to_continue(self.run, self.config.resume)
@@ -349,24 +359,22 @@ def _accelerator(config: TrainConfig) -> Any:
         raise ElitError("trackers has wandb, which is not installed: pip install wandb")
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise ElitError("precision is fp16, which needs a GPU; take bf16 or fp32")
-    # Buffers are tables of positions, the same everywhere.
-    ddp = accelerate.DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = accelerate.Accelerator(
         cpu=not torch.accelerator.is_available(),  # else processes without a GPU would not find each other
-        mixed_precision=_precision(config),
+        mixed_precision="no",  # its setting holds for the process, ours for a trainer
         log_with=list(config.trackers),
         project_config=accelerate.utils.ProjectConfiguration(config.out, logging_dir=f"{config.out}/tensorboard"),
-        kwargs_handlers=[ddp],
     )
     if config.batch_size < accelerator.num_processes:
         raise ElitError(f"batch_size is {config.batch_size}, too small for {accelerator.num_processes} processes")
     return accelerator
 
 
-def _precision(config: TrainConfig) -> str:
+def half_precision(config: TrainConfig) -> torch.dtype | None:
+    """The dtype of matrix products, where it is not float32."""
     if config.precision == "auto":
-        return "bf16" if torch.cuda.is_available() else "no"
-    return {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[config.precision]
+        return torch.bfloat16 if torch.cuda.is_available() else None
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
 
 
 @contextmanager
