@@ -33,17 +33,21 @@ def config(out: Path, **changes: object) -> TrainConfig:
     return TrainConfig(out=str(out), **(settings | changes))  # type: ignore[arg-type]
 
 
-def arguments(out: Path, processes: int = 1, *more: str) -> list[str]:
+def launch(processes: int) -> list[str]:
+    """The command on some processes."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    return [sys.executable, *(torchrun if processes > 1 else ()), "-m", "elit"]
+
+
+def arguments(out: Path, processes: int = 1) -> list[str]:
     fields = json.dumps(FIELDS)
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0")
     return [
-        *(sys.executable, *(torchrun if processes > 1 else ()), "-m", "elit", "train"),
-        *("--out", str(out), "--data", "digits8"),
+        *(*launch(processes), "train", "--out", str(out), "--data", "digits8"),
         *("--model.name", "ELIT-DiT-S/1", "--model.fields", fields),
         *("--elit.group-size", "4", "--elit.min-mask-prob", "0.0", "--elit.max-mask-prob", "0.9375"),
         *("--optimizer.name", "muon", "--optimizer.lr", "1e-3", "--optimizer.warmup-steps", "5"),
         *("--optimizer.decay", "linear", "--steps", str(STEPS), "--batch-size", "16", "--log-every", "1"),
-        *("--checkpoint-every", "10", "--ema-decay", "0.9", *more),
+        *("--checkpoint-every", "10", "--ema-decay", "0.9"),
     ]
 
 

@@ -1,14 +1,20 @@
 """Several processes train what one does, and survive what one survives. On processors, so with gloo."""
 
+import json
 import os
 import random
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from runs import STEPS, arguments, contents, kill, log, wait_for_line
+import yaml
+from runs import STEPS, arguments, config, contents, kill, launch, log, wait_for_line
 
-KILLS = int(os.environ.get("ELIT_TEST_KILLS", "2"))
+from elit.interface import BudgetByNoise
+from elit.training import ElasticConfig, Trainer, ValidationConfig
+
+KILLS = int(os.environ.get("ELIT_TEST_KILLS", "1"))
 """Random moments at which a run is killed; the full test takes 20."""
 
 
@@ -22,13 +28,15 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_processes_have_the_loss_curve_of_one(pair: Path, tmp_path: Path) -> None:
     one = tmp_path / "one"
-    subprocess.run(arguments(one), check=True, capture_output=True)
+    Trainer(config(one)).run_to_end()
     alone, together = log(one), log(pair)
     assert [line["num_latents"] for line in alone] == [line["num_latents"] for line in together]
     assert alone[-1]["loss"] < 0.9 * alone[0]["loss"]
     for a, b in zip(alone, together, strict=True):
-        # The same sums in another order, and what 60 steps make of the last bits (seen: 1e-5).
-        assert b["loss"] == pytest.approx(a["loss"], rel=2e-4)
+        # The same sums in another order. Muon iterates in bf16, where the last bits of float32 grow (seen: 3e-4).
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+    for a, b in zip(alone[:5], together[:5], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("workers", [None, 1], ids=["both", "one of two"])
@@ -45,17 +53,22 @@ def test_killed_processes_end_bit_identical(pair: Path, tmp_path: Path, workers:
 
 def test_budgets_by_noise_and_micro_batches_on_two_processes(tmp_path: Path) -> None:
     """Processes may have other numbers of micro-batches; an odd batch is shared out unevenly."""
-    by_noise = '{"group_size": 4, "by_noise": {"thresholds": [0.7, 0.4], "budgets": [0.25, 0.5, 1.0]}}'
-    command = ("--batch-size", "7", "--micro-batch-size", "2", "--steps", "4", "--validation.every", "2")
-    logs = []
-    for processes in (1, 2):
-        run = tmp_path / f"{processes}"
-        options = [*arguments(run, processes), *command]
-        start = options.index("--elit.group-size")
-        options[start : start + 6] = ["--elit", by_noise]
-        done = subprocess.run(options, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        logs.append(log(run))
+    by_noise = BudgetByNoise([0.7, 0.4], [0.25, 0.5, 1.0])
+    validation = ValidationConfig(every=2, images=2, sampling_steps=2)
+    one = config(
+        tmp_path / "1",
+        elit=ElasticConfig(group_size=4, by_noise=by_noise),
+        batch_size=7,
+        micro_batch_size=2,
+        steps=4,
+        validation=validation,
+    )
+    Trainer(one).run_to_end()
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(one))) | {"out": str(tmp_path / "2")}))
+    done = subprocess.run([*launch(2), "train", "--config", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    logs = log(tmp_path / "1"), log(tmp_path / "2")
     for a, b in zip(*logs, strict=True):
         assert b == pytest.approx(a, rel=1e-5)  # float32 sums in another order, over 4 steps
     assert "held_out_loss/0.25" in logs[0][1]
