@@ -36,7 +36,7 @@ def test_numbers(out: Path) -> None:
     none, cfg, ccfg = (results["quality"][k] for k in ("none", "cfg", "ccfg"))
     assert cfg[-1]["flops_per_image"] == 2 * none[-1]["flops_per_image"]
     assert ccfg[-1]["flops_per_image"] == none[-1]["flops_per_image"] + none[0]["flops_per_image"]
-    assert ccfg[0] == cfg[0]
+    assert ccfg[0]["frechet_distance"] == pytest.approx(cfg[0]["frechet_distance"], rel=1e-4)  # one batch or two
     assert set(results["attention"]) == {"same image", "another image"}
     assert results["training"]["config"]["steps"] >= 20
 
