@@ -48,7 +48,7 @@ def test_page_and_pictures(out: Path) -> None:
     assert all(paragraph in page for paragraph in reading(results))
     assert f"{results['costs'][0]['flops'] / 1e6:.1f}" in page
     pictures = sorted(out.glob("*.png"))
-    assert len(pictures) == 8
+    assert len(pictures) == 9
     assert all(min(Image.open(p).size) > 200 and p.with_suffix(".svg").exists() for p in pictures)
 
 
