@@ -40,4 +40,4 @@ def show_progress(trainer: Trainer) -> None:
             smooth = 0.98 * smooth + 0.02 * report.loss
             bar.update()
             skipped = {"skipped": report.skipped} if report.skipped else {}
-            bar.set_postfix(loss=f"{smooth:.4f}", **skipped, refresh=False)
+            bar.set_postfix({"loss": f"{smooth:.4f}", **skipped}, refresh=False)
