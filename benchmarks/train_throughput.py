@@ -5,7 +5,8 @@
 
 The trainer itself runs, on random latents: data loading is not part of it. A step is forward, backward, clipping,
 AdamW and the moving average. Its FLOPs are 3 forwards, with two for a multiply-add. MFU is FLOP/s over the device's
-bf16 peak (elit.training.speed.PEAK), shown where that is known. Multi-budget is 1/16 of the latents to all, uniformly.
+bf16 peak (elit.training.speed.PEAK), shown where that is known; memory is that of the GPU. Multi-budget is 1/16 of the
+latents to all, uniformly.
 """
 
 import statistics
@@ -27,7 +28,7 @@ WARMUP = 3
 
 
 class Measured(NamedTuple):
-    """Medians over the steps."""
+    """Means over the timed steps: seconds, FLOPs, utilisation; and the peak of GPU memory in GB, 0 on a processor."""
 
     seconds: float
     flops: float
@@ -102,6 +103,8 @@ def measure(config: TrainConfig, resolution: int) -> Measured:
         config.out = out
         trainer = Trainer(config, data)
         cuda = trainer.model.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         of_level: dict[float, int] = {}
         since = time.perf_counter()
         for report in trainer:
@@ -116,7 +119,7 @@ def measure(config: TrainConfig, resolution: int) -> Measured:
                 seconds.append(now - since)
                 flops.append(of_level[level] * report.batch_size)
             since = time.perf_counter()
-        # a step of the mean: levels differ, so their medians would belong to different steps
+        # Means, for the levels of steps differ: medians of time and FLOPs would belong to different steps.
         mean_seconds, mean_flops = statistics.mean(seconds), statistics.mean(flops)
         peak = trainer.speedometer.peak
     mfu = None if peak is None else mean_flops / mean_seconds / peak

@@ -65,6 +65,8 @@ def test_two_processes_have_the_loss_curve_of_one(
     assert "2 processes" in done.stdout
     alone, together = log(tmp_path / "1"), log(tmp_path / "2")
     for a, b in zip(alone, together, strict=True):
-        assert b == pytest.approx(a, rel=1e-4)  # float32 sums in another order, through all steps before
+        # float32 sums in another order, through all steps before (seen after 60: 1e-5, and 1e-4 of the gradient's norm)
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b == pytest.approx(a, rel=1e-3)
     assert "held_out_loss/0.25" in alone[-1]
     assert (tmp_path / f"2/samples/step-{steps:08d}.png").exists()
