@@ -32,7 +32,7 @@ from elit.flow import Guidance, sample
 from elit.models import Model
 from elit.models.files import checkpoints, load
 from elit.seeding import generator
-from elit.training import ModelChoice, OptimizerConfig, TrainConfig, Trainer
+from elit.training import ElasticConfig, ModelChoice, OptimizerConfig, TrainConfig, Trainer
 
 BUDGETS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 GUIDANCE: dict[str, Guidance | None] = {
@@ -58,11 +58,11 @@ RECIPE = TrainConfig(
             "num_heads": 4,
             "head_depth": 1,
             "tail_depth": 1,
-            "group_size": 4,
             "label_std": 1.0,
             "positions": "sincos",
         },
     ),
+    elit=ElasticConfig(group_size=4, min_mask_prob=0.0, max_mask_prob=0.9375),
     optimizer=OptimizerConfig(
         "muon",
         lr=2e-3,
