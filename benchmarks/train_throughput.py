@@ -1,7 +1,7 @@
 """How fast is training, and what does the interface cost or save? A plain transformer beside its ELIT, step by step.
 
     python benchmarks/train_throughput.py                          # DiT-S/2, 256px, batch 4, on this machine
-    python benchmarks/train_throughput.py --model DiT-XL/2 --batch-size 256 --precision bf16 --compile true --steps 50
+    python benchmarks/train_throughput.py --model DiT-XL/2 --batch_size 256 --precision bf16 --compile true --steps 50
 
 The trainer itself runs, on random latents: data loading is not part of it. A step is forward, backward, clipping,
 AdamW and the moving average. Its FLOPs are 3 forwards, with two for a multiply-add. MFU is FLOP/s over the device's

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("elit").setLevel(logging.INFO)  # which model was found where
     try:
         parser = make_parser()
-        chosen = parser.instantiate(parser.parse_args(arguments))
+        chosen = _instantiate(parser, arguments)
         options: Namespace = chosen[chosen.verb]
         values: dict[str, Any] = {k: v for k, v in vars(options).items() if k not in ("config", "__path__")}
         if chosen.verb == "train":
@@ -90,6 +90,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _instantiate(parser: Parser, arguments: list[str]) -> Namespace:
+    parsed = parser.parse_args(arguments)
+    try:
+        return parser.instantiate(parsed)
+    except ValueError as error:  # what a dataclass of the configuration refuses
+        raise ElitError(_sentence(str(error))) from error
+
+
 def _with_underscores(argument: str) -> str:
     """``--num-images=4`` -> ``--num_images=4``: parameters have underscores, options may have either."""
     option, equals, value = argument.partition("=")
@@ -99,6 +107,9 @@ def _with_underscores(argument: str) -> str:
 def _sentence(message: str) -> str:
     """What jsonargparse has to say, on one line and in plain words."""
     text = " ".join(line.strip(" -") for line in message.splitlines())
+    # An option that may be left out is a union with None, of which a user need not hear.
+    union = r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: (.*?) Expected a <class 'None"
+    text = re.sub(f"{union}.*", r"\1", text)
     text = re.sub(r"""Parser key ["']([\w.]+)["']:""", r"\1:", text)
     for python, plain in (
         ("<class 'int'>", "whole number"),

@@ -59,9 +59,7 @@ def show_progress(trainer: Trainer) -> None:
                 smooth = report.loss
             smooth = 0.98 * smooth + 0.02 * report.loss
             bar.update()
-            shown = {"loss": f"{smooth:.4f}"}
-            if report.skipped:
-                shown["skipped"] = str(report.skipped)
+            shown = {"loss": f"{smooth:.4f}"} | ({"skipped": f"{report.skipped}"} if report.skipped else {})
             if trainer.last_speed is not None:
                 shown["images/s"] = f"{trainer.last_speed.images_per_second:.0f}"
                 if trainer.last_speed.mfu is not None:

@@ -73,7 +73,12 @@ def build_model(config: TrainConfig, data: Data) -> Model:
         fitted["group_size"] = config.elit.group_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "weights"))
-        return create(config.model.name, **(fitted | config.model.fields))
+        try:
+            return create(config.model.name, **(fitted | config.model.fields))
+        except ElitError as error:
+            if config.elit.group_size is not None and "group size" in str(error):
+                raise ElitError(f"elit.group_size: {error}") from error
+            raise
 
 
 class Trainer:
@@ -103,6 +108,7 @@ class Trainer:
         check(config)
         self.config = config
         self.run = Path(config.out)
+        state.to_continue(self.run, config.resume)  # a wrong path is told before anything is built
         self.data = open_data(config.data) if data is None else data
         self.path = path_named(config.path)
         self.model = build_model(config, self.data)
@@ -118,6 +124,7 @@ class Trainer:
         peak = peak_flops(self.accelerator.device) if self.half else None
         self.speedometer = Speedometer(self.model, peak and peak * self.accelerator.num_processes)
         self.last_speed: Speed | None = None
+        self._batch_sizes: dict[int, int] = {}  # by level, where they are scaled
         self.step = 0
         self.seen = 0  # samples, over all steps
         self.skipped = 0
@@ -226,7 +233,9 @@ class Trainer:
         """Samples of a step at a level, over all processes."""
         if self.config.elit.batching == "constant" or not level:
             return self.config.batch_size
-        return scaled_batch_size(self.model, level, self.config.batch_size)
+        if level not in self._batch_sizes:
+            self._batch_sizes[level] = scaled_batch_size(self.model, level, self.config.batch_size)
+        return self._batch_sizes[level]
 
     def _levels(self, t: Tensor, level: int) -> list[int]:
         """J~ of every sample: the step's, or by the sample's own noise level."""
