@@ -178,7 +178,8 @@ class Trainer:
 
     def _batch(self) -> tuple[Tensor, Tensor | None]:
         """Data (B, C, H, W) and labels (B,) of the current step; no labels for an unconditional model."""
-        x, y = self.data.batch(batch_indices(self.config.seed, self.step, self.config.batch_size, len(self.data)))
+        indices = batch_indices(self.config.seed, self.step, self.config.batch_size, len(self.data))
+        x, y = self.data.batch(indices, generator(self.config.seed, "data", self.step))
         device = self.accelerator.device
         return x.to(device), y.to(device) if self.model.config.num_classes else None
 
