@@ -6,26 +6,40 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import save_autoencoder
-from PIL import Image
 from pictures import write_pictures
+from PIL import Image
 
+from elit.app.prepare import prepare_convert, prepare_encode
+
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # bits may depend on the threads
 TINY = '{"width": 32, "depth": 3, "num_heads": 2, "head_depth": 1, "tail_depth": 1, "group_size": 2}'
 
 
 def elit(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", *launcher, "elit", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     return done
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -65,38 +79,49 @@ def test_pixels_need_no_autoencoder(root: Path) -> None:
     settings = ("--model.fields", TINY, "--model.name", "ELIT-DiT-S/4", "--steps", 2, "--batch-size", 4)
     done = elit("train", "--data", root / "images", "--out", root / "pixels", *settings)
     assert "on 501 images" in done.stdout
-    elit("sample", "--model", root / "pixels", "--num-images", 1, "--steps", 2, "--out", root / "pixels.png")
 
 
 def test_a_launch_shares_the_shards(root: Path) -> None:
     """Two processes write what one does, byte for byte."""
-    options = ("--autoencoder", root / "autoencoder", "--shard-size", 80, "--workers", 0)
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    options = ("--autoencoder", root / "autoencoder", "--shard-size", 80, "--workers", 0)
     elit("prepare", "encode", root / "images", root / "two", *options, launcher=launcher)
-    elit("prepare", "encode", root / "images", root / "one", *options)
+    encode(root, root / "one", shard_size=80)
     assert contents(root / "two") == contents(root / "one")
 
 
+def convert(root: Path, out: Path) -> None:
+    prepare_convert(str(root / "source"), out, 32, workers=1)
+
+
+def encode(root: Path, out: Path, shard_size: int = 8) -> None:
+    with torch_threads(1):  # as the processes have
+        prepare_encode(str(root / "images"), out, str(root / "autoencoder"), shard_size=shard_size, workers=0)
+
+
 @pytest.mark.parametrize(
-    ("verb", "source", "options", "file"),
+    ("prepare", "arguments", "files"),
     [
-        ("convert", "source", ("--resolution", 32, "--workers", 1), "*/img*.png"),
-        ("encode", "images", ("--shard-size", 8, "--workers", 0, "--autoencoder", "{}/autoencoder"), "shard-*"),
+        (convert, "convert {root}/source {out} --resolution 32 --workers 1", "*/img*.png"),
+        (
+            encode,
+            "encode {root}/images {out} --autoencoder {root}/autoencoder --shard-size 8 --workers 0",
+            "shard-*.safetensors",
+        ),
     ],
 )
 def test_killed_preparation_continues_to_the_same_bytes(
-    root: Path, tmp_path: Path, verb: str, source: str, options: tuple[object, ...], file: str
+    root: Path, tmp_path: Path, prepare: Callable[[Path, Path], None], arguments: str, files: str
 ) -> None:
-    options = tuple(str(option).format(root) for option in options)
-    command = [sys.executable, "-m", "elit", "prepare", verb, str(root / source)]
-    for wanted in (5, 25):  # files that are there at the kill
-        process = subprocess.Popen([*command, str(tmp_path / "killed"), *options], stderr=subprocess.DEVNULL)
-        while len(list((tmp_path / "killed").glob(file))) < wanted and process.poll() is None:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob(file)}
-    elit("prepare", verb, root / source, tmp_path / "killed", *options)
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "elit", "prepare", *arguments.format(root=root, out=out).split()]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    while len(list(out.glob(files))) < 20 and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    before = {path: path.stat().st_mtime_ns for path in out.glob(files)}
+    prepare(root, out)
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())  # what was there stayed
-    elit("prepare", verb, root / source, tmp_path / "whole", *options)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    prepare(root, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
