@@ -29,6 +29,10 @@ def draw_figures(out: Path, results: dict[str, Any], pictures: dict[str, Any]) -
     for name, grid in pictures["grids"].items():
         table = [list(row) for row in zip(*grid, strict=True)]  # one row per image, one column per budget
         plots.save(plots.plot_image_table(table, headings, GUIDANCE_NAMES[name]), out / f"samples-{name}")
+    labels = [
+        f"{h} of the latents\n{row['flops_ratio']:.0%} of the FLOPs" for h, row in zip(headings, costs, strict=True)
+    ]
+    plots.save(plots.plot_overview(pictures["grids"]["cfg"], labels), out / "overview")
     relative = {
         "FLOPs": [row["flops_ratio"] for row in costs],
         "latency": [row["latency_ratio"] for row in costs],
@@ -205,6 +209,7 @@ def page(out: Path, results: dict[str, Any]) -> str:
 
     training, environment, protocol = results["training"], results["environment"], results["protocol"]
     config = training["config"]
+    time = f" in {training['seconds'] / 60:.1f} minutes" if training["seconds"] else ""
     grids = "".join(figure(f"samples-{name}", f"samples, {long}") for name, long in GUIDANCE_NAMES.items())
     paragraphs = "".join(f"<p>{text}</p>" for text in reading(results))
     return f"""<!doctype html>
@@ -212,7 +217,7 @@ def page(out: Path, results: dict[str, Any]) -> str:
 <style>{STYLE}</style>
 <h1>One set of weights, many budgets</h1>
 <p class="lead">An elastic diffusion transformer with {training["parameters"] / 1e6:.2f} M parameters, trained on real
-handwritten digits for {config["steps"]:,} steps in {training["seconds"] / 60:.1f} minutes. Each column below is the
+handwritten digits for {config["steps"]:,} steps{time}. Each column below is the
 same model and the same noise; only the fraction of latents in use differs.</p>
 <div class="row grids">{grids}</div>
 <h2>An honest reading</h2>{paragraphs}

@@ -134,7 +134,7 @@ class Encoding:
     def _loader(self, batches: list[range]) -> "DataLoader[Tensor | ElitError]":
         pinned = self.autoencoder.device.type == "cuda"
         return DataLoader(
-            _Pixels(self.images), batch_size=None, sampler=batches, num_workers=self.workers, pin_memory=pinned
+            PixelBatches(self.images), batch_size=None, sampler=batches, num_workers=self.workers, pin_memory=pinned
         )
 
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,7 +192,7 @@ class Encoding:
         return True
 
 
-class _Pixels(Dataset[Tensor | ElitError]):
+class PixelBatches(Dataset[Tensor | ElitError]):
     """Batches of images by their indices. An error is handed over: a loader would bury one that is raised."""
 
     def __init__(self, images: ImageFolder) -> None:
