@@ -273,6 +273,9 @@ def test_damaged_shards_and_other_settings(prepared: Prepared, tmp_path: Path) -
     (tmp_path / "latents" / "index.json").write_text("{}")
     with pytest.raises(ElitError, match="is no index of latents: it lacks num_classes"):
         open_data(str(tmp_path / "latents"))
+    (tmp_path / "latents" / "index.json").unlink()
+    with pytest.raises(ElitError, match="is missing or damaged; run elit prepare encode to its end"):
+        open_data(str(tmp_path / "latents"))
 
 
 def test_images_that_cannot_be_encoded(prepared: Prepared, tmp_path: Path) -> None:

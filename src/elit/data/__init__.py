@@ -36,7 +36,7 @@ def open_data(name: str, held_out: bool = False) -> Data:
         raise ElitError(f"no data set is named {place!r}, nor is it a folder; there are {', '.join(EMBEDDED)}")
     if autoencoder:
         return EncodedFolder(root, autoencoder)
-    if (root / INDEX).exists():
+    if (root / INDEX).exists() or any(root.glob("shard-*.safetensors")):
         return LatentShards(root)
     if (root / PUBLISHED).is_dir():
         return PublishedLatents(root)
