@@ -4,13 +4,13 @@ import math
 
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import randomize
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import reference
+from conftest import randomize
 from elit.interface import coordinates
 from elit.layers import (
     Attention,

@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
@@ -14,6 +15,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from elit import __version__
 from elit.app.convert import convert_model
 from elit.app.info import info
+from elit.app.prepare import prepare_convert, prepare_encode
 from elit.app.quickstart import quickstart
 from elit.app.sample import sample_images
 from elit.app.train import train
@@ -26,9 +28,13 @@ VERBS: dict[str, Callable[..., object]] = {
     "sample": sample_images,
     "info": info,
     "convert": convert_model,
+    "prepare convert": prepare_convert,
+    "prepare encode": prepare_encode,
 }
 
-POSITIONAL = ("info", "convert")  # verbs whose required options need no name
+GROUPS = {"prepare": "Turn images into what training reads."}  # verbs of two words, by the first
+
+POSITIONAL = ("info", "convert", "prepare convert", "prepare encode")  # verbs whose required options need no name
 
 
 class Parser(ArgumentParser):
@@ -51,16 +57,36 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     verbs = parser.add_subcommands(required=True, dest="verb")
-    for name, function in VERBS.items():
-        summary = (function.__doc__ or "").splitlines()[0]
-        verb = Parser(description=summary, usage=f"elit {name} [OPTIONS]")
-        verb.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below.")
-        if function is train:
-            verb.add_class_arguments(TrainConfig, as_group=False)
-        else:
-            verb.add_function_arguments(function, as_group=False, as_positional=name in POSITIONAL)
-        verbs.add_subcommand(name, verb, help=summary)
+    for name in VERBS:
+        if " " not in name:
+            verbs.add_subcommand(name, _parser_of(name), help=_summary(name))
+    for group, summary in GROUPS.items():
+        member = Parser(description=summary, usage=f"elit {group} VERB [OPTIONS]")
+        verbs.add_subcommand(group, member, help=summary)
+        members = member.add_subcommands(required=True, dest="verb")
+        for name in VERBS:
+            if name.startswith(f"{group} "):
+                members.add_subcommand(name.removeprefix(f"{group} "), _parser_of(name), help=_summary(name))
     return parser
+
+
+def _parser_of(name: str) -> Parser:
+    """The parser of one verb."""
+    verb = Parser(description=_summary(name), usage=f"elit {name} [OPTIONS]")
+    verb.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below.")
+    if name == "train":
+        verb.add_class_arguments(TrainConfig, as_group=False)
+    else:
+        verb.add_function_arguments(VERBS[name], as_group=False, as_positional=name in POSITIONAL)
+        switches = {key for key, value in signature(VERBS[name]).parameters.items() if value.annotation is bool}
+        for action in verb._actions:
+            if action.dest in switches:
+                action.nargs, action.const = "?", True  # --strict is --strict true
+    return verb
+
+
+def _summary(name: str) -> str:
+    return (VERBS[name].__doc__ or "").splitlines()[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,12 +99,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = make_parser()
         chosen = _instantiate(parser, arguments)
-        options: Namespace = chosen[chosen.verb]
+        name, options = _verb(chosen)
         values: dict[str, Any] = {k: v for k, v in vars(options).items() if k not in ("config", "__path__")}
-        if chosen.verb == "train":
+        if name == "train":
             train(TrainConfig(**values))
         else:
-            VERBS[chosen.verb](**values)
+            VERBS[name](**values)
     except (ElitError, OSError) as error:
         if debug:
             raise
@@ -96,6 +122,14 @@ def _instantiate(parser: Parser, arguments: list[str]) -> Namespace:
         return parser.instantiate(parsed)
     except ValueError as error:  # what a dataclass of the configuration refuses
         raise ElitError(_sentence(str(error))) from error
+
+
+def _verb(chosen: Namespace) -> tuple[str, Namespace]:
+    """The name of the verb that was chosen, of one word or two, and its options."""
+    name, options = chosen.verb, chosen[chosen.verb]
+    if name in GROUPS:
+        return f"{name} {options.verb}", options[options.verb]
+    return name, options
 
 
 def _with_underscores(argument: str) -> str:

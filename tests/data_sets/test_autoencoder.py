@@ -1,10 +1,11 @@
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from elit import ElitError
-from elit.data.autoencoder import decode, load_autoencoder
+from elit.data.autoencoder import commit_of, decode, load_autoencoder, posterior, scaling, weights_hash
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +35,35 @@ def test_autoencoders_that_do_not_fit(saved: Path, tmp_path: Path) -> None:
         load_autoencoder(saved, 16)
     with pytest.raises(ElitError, match="there is no autoencoder at"):
         load_autoencoder(tmp_path, 4)
+
+
+def test_posterior_and_its_scaling(saved: Path) -> None:
+    autoencoder = load_autoencoder(saved)
+    images = torch.rand(3, 3, 12, 12) * 2 - 1
+    mean, std = posterior(images, autoencoder)
+    both, log_variance = autoencoder.quant_conv(autoencoder.encoder(images)).chunk(2, dim=1)
+    torch.testing.assert_close(mean, both)
+    torch.testing.assert_close(std, (log_variance / 2).exp())
+    assert scaling(autoencoder) == (0.5, 0.0)
+    autoencoder.register_to_config(shift_factor=0.25)
+    assert scaling(autoencoder) == (0.5, 0.25)
+
+
+def test_an_autoencoder_is_known_by_its_weights(saved: Path, tmp_path: Path) -> None:
+    autoencoder = load_autoencoder(saved)
+    autoencoder.save_pretrained(tmp_path)
+    assert weights_hash(load_autoencoder(tmp_path)) == weights_hash(autoencoder)
+    next(autoencoder.parameters()).data[0] += 1e-3
+    assert weights_hash(load_autoencoder(tmp_path)) != weights_hash(autoencoder)
+
+
+def test_commit_of_an_autoencoder_of_the_hub(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit, repository = "0123456789" * 4, tmp_path / "models--some--vae"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(saved, repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert commit_of("some/vae") == commit
+    assert commit_of("some/vae", "main") == commit
+    assert commit_of("some/other") is None
+    assert commit_of(saved) is None

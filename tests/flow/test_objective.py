@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import inputs, tiny
 from torch import Tensor
 
+from conftest import inputs, tiny
 from elit.flow import PATHS, flow_matching_error, flow_matching_loss, per_token
 from elit.seeding import generator
 

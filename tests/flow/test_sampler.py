@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Recorder, tiny
 from torch import Tensor
 
 import elit
+from conftest import Recorder, tiny
 from elit import ElitError, Guidance
 from elit.flow import StepInfo
 from elit.interface import InterfaceConfig

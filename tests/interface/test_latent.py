@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import PUBLISHED, randomize
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
+import reference
+from conftest import PUBLISHED, randomize
 from elit import ElitError
 from elit.interface import InterfaceConfig, LatentInterface, TokenGrid
 from elit.layers import init_model

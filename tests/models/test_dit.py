@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import PUBLISHED, TINY, inputs, randomize, tiny
 from torch import Tensor
 
+import reference
+from conftest import PUBLISHED, TINY, inputs, randomize, tiny
 from elit import ElitError
 from elit.interface import InterfaceConfig
 from elit.models import DiT, DiTConfig

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PUBLISHED, inputs, tiny
 from safetensors.torch import load_file, save_file
 
 import elit
+from conftest import PUBLISHED, inputs, tiny
 from elit import ElitError
 from elit.interface import InterfaceConfig
 from elit.models import DiT, Model

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from runs import config
 
 from elit import ElitError
 from elit.analysis import count_flops
@@ -12,6 +11,7 @@ from elit.interface import BudgetByNoise
 from elit.models import create
 from elit.training import ElasticConfig, Trainer
 from elit.training.budgets import training_levels
+from runs import config
 
 SMALL = {"width": 32, "depth": 3, "num_heads": 2, "head_depth": 1, "tail_depth": 1}
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import ALL_BUDGETS, STEPS, arguments, config, contents, kill, launch, log, wait_for_line
 
 from elit.interface import BudgetByNoise
 from elit.training import ElasticConfig, OptimizerConfig, Trainer, ValidationConfig
+from runs import ALL_BUDGETS, STEPS, arguments, config, contents, kill, launch, log, wait_for_line
 
 KILLS = int(os.environ.get("ELIT_TEST_KILLS", "1"))
 """Random moments at which a run is killed; the full test takes 20."""

@@ -5,10 +5,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from runs import STEPS, arguments, config, contents, kill, wait_for_line
 
 from elit import ElitError
 from elit.training import Trainer, state
+from runs import STEPS, arguments, config, contents, kill, wait_for_line
 
 
 @pytest.fixture(scope="module")

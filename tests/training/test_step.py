@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from runs import FIELDS, config
 
 import elit
 from elit import ElitError
@@ -14,6 +13,7 @@ from elit.models import DFM
 from elit.training import ElasticConfig, ModelChoice, OptimizerConfig, StepReport, Trainer, ValidationConfig
 from elit.training.batch import micro_batches, share
 from elit.training.trainer import prepare_blocks
+from runs import FIELDS, config
 
 PUBLISHED = {"variant": "published", "tail_visible": True, "write_depth": 2, "positions": "sincos"}
 

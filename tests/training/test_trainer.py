@@ -7,7 +7,6 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from runs import config
 from torch import Tensor
 
 import elit
@@ -17,6 +16,7 @@ from elit.data import ImageData, digits8
 from elit.models import create
 from elit.training import ElasticConfig, OptimizerConfig, TrainConfig, Trainer
 from elit.training.optim import lr_factor, make_ema, named_groups
+from runs import config
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,8 +76,8 @@ def test_plain_transformer_trains(tmp_path: Path) -> None:
 class Poisoned(ImageData):
     """Data whose batches are not finite from some call on."""
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = super().batch(indices)
+    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        x, y = super().batch(indices, generator)
         return x * float("nan"), y
 
 

@@ -1,24 +1,59 @@
-"""Data sets. `open_data` finds one by name."""
+"""Data sets. `open_data` finds one by name or place."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from elit.data.dataset import Data, ImageData
 from elit.data.digits import digits, digits8
+from elit.data.folder import ImageFolder
+from elit.data.latents import INDEX, PUBLISHED, EncodedFolder, LatentShards, PublishedLatents
 from elit.data.order import batch_indices, sample_indices
+from elit.data.remote import local_copy
 from elit.errors import ElitError
 
 EMBEDDED: dict[str, Callable[[bool], ImageData]] = {"digits": digits, "digits8": digits8}
+HELD_OUT = "-held-out"
 
 
 def open_data(name: str, held_out: bool = False) -> Data:
-    """An embedded data set: its training part, or the part held out.
+    """A data set: its training part, or the part held out.
+
+    Args:
+        name: an embedded data set; or a folder or URL of latent shards, of the published layout, or of images (also a
+            zip). ``IMAGES@AUTOENCODER`` encodes images on the fly with a diffusers autoencoder.
+        held_out: the held-out part; of a folder, the folder beside it whose name has ``-held-out`` added.
 
     Raises:
-        ElitError: none has this name.
+        ElitError: there is no such data set, or it is damaged.
     """
-    if name not in EMBEDDED:
-        raise ElitError(f"no data set is named {name!r}; there are {', '.join(EMBEDDED)}")
-    return EMBEDDED[name](held_out)
+    if name in EMBEDDED:
+        return EMBEDDED[name](held_out)
+    place, _, autoencoder = (name, "", "") if Path(name).exists() else name.partition("@")
+    if held_out:
+        place = place.rstrip("/") + HELD_OUT
+    root = local_copy(place)
+    if not root.exists():
+        raise ElitError(f"no data set is named {place!r}, nor is it a folder; there are {', '.join(EMBEDDED)}")
+    if autoencoder:
+        return EncodedFolder(root, autoencoder)
+    if (root / INDEX).exists() or any(root.glob("shard-*.safetensors")):
+        return LatentShards(root)
+    if (root / PUBLISHED).is_dir():
+        return PublishedLatents(root)
+    return ImageFolder(root)
 
 
-__all__ = ["EMBEDDED", "Data", "ImageData", "batch_indices", "digits", "digits8", "open_data", "sample_indices"]
+__all__ = [
+    "EMBEDDED",
+    "Data",
+    "EncodedFolder",
+    "ImageData",
+    "ImageFolder",
+    "LatentShards",
+    "PublishedLatents",
+    "batch_indices",
+    "digits",
+    "digits8",
+    "open_data",
+    "sample_indices",
+]

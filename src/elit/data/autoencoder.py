@@ -1,5 +1,6 @@
-"""Autoencoders of diffusers: latents to images."""
+"""Autoencoders of diffusers: images to latents and back."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ from torch import Tensor
 from elit.errors import ElitError
 
 
-def load_autoencoder(source: str | Path, channels: int) -> Any:
+def load_autoencoder(source: str | Path, channels: int | None = None, revision: str | None = None) -> Any:
     """A diffusers ``AutoencoderKL`` from a local folder or a Hub id.
 
     Args:
-        channels: of the latents that it must take.
+        channels: of the latents that it must take; None for any.
+        revision: branch, tag or commit on the Hub.
 
     Raises:
         ElitError: diffusers is not installed, nothing usable is there, or the channels do not fit.
@@ -21,21 +23,52 @@ def load_autoencoder(source: str | Path, channels: int) -> Any:
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise ElitError("decoding latents needs diffusers: pip install 'elit-diffusion[latents]'") from error
+        raise ElitError("latents need diffusers: pip install 'elit-diffusion[latents]'") from error
     try:
-        autoencoder = AutoencoderKL.from_pretrained(source).eval().requires_grad_(False)
+        autoencoder = AutoencoderKL.from_pretrained(source, revision=revision).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ElitError(f"there is no autoencoder at {source}; give a folder or a Hub id ({reason})") from error
-    if autoencoder.config.latent_channels != channels:
+    if channels is not None and autoencoder.config.latent_channels != channels:
         raise ElitError(f"{source} has {autoencoder.config.latent_channels} latent channels; the model has {channels}")
     return autoencoder
+
+
+def commit_of(source: str | Path, revision: str | None = None) -> str | None:
+    """The commit of an autoencoder that was loaded from the Hub; None of a local folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).exists():
+        return None
+    file = try_to_load_from_cache(str(source), "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None  # the cache is snapshots/COMMIT/config.json
+
+
+def scaling(autoencoder: Any) -> tuple[float, float]:
+    """Its scale and shift: models see ``(latents - shift) * scale``."""
+    config = autoencoder.config
+    return config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
+
+
+def weights_hash(autoencoder: Any) -> str:
+    """SHA-256 over its weights: the same autoencoder under any name."""
+    digest = hashlib.sha256()
+    for name, value in sorted(autoencoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def posterior(images: Tensor, autoencoder: Any) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation (B, C, h, w) of their latents, not scaled."""
+    latents = autoencoder.encode(images.to(autoencoder.device, autoencoder.dtype)).latent_dist
+    return latents.mean, latents.std
 
 
 @torch.inference_mode()
 def decode(latents: Tensor, autoencoder: Any, batch_size: int = 8) -> Tensor:
     """Scaled latents (B, C, h, w), as models see them -> images (B, 3, H, W) in [-1, 1], on the latents' device."""
-    config = autoencoder.to(latents.device).config
-    shift = getattr(config, "shift_factor", None) or 0.0
-    parts = (latents / config.scaling_factor + shift).split(batch_size)
+    scale, shift = scaling(autoencoder.to(latents.device))
+    parts = (latents / scale + shift).split(batch_size)
     return torch.cat([autoencoder.decode(part.to(autoencoder.dtype)).sample for part in parts])

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -21,8 +22,13 @@ class Data(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Samples (B, C, H, W) and labels (B,) at indices (B,)."""
+    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Samples (B, C, H, W) and labels (B,) at indices (B,).
+
+        Data with chance in it (latents of a posterior) draws it from the generator on the CPU. What a sample becomes
+        depends on the generator and its own index alone, so that any number of processes that share a batch see the
+        same. Without a generator there is no chance: a posterior gives its mean. Unlabelled data has labels 0.
+        """
         ...
 
 
@@ -47,5 +53,5 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         return self.images[indices], self.labels[indices]

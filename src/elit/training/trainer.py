@@ -27,7 +27,7 @@ from elit.errors import ElitError
 from elit.flow import path_named
 from elit.layers import Block
 from elit.models import Model, create
-from elit.seeding import derive_seed
+from elit.seeding import derive_seed, generator
 from elit.training import state
 from elit.training.batch import Draws, draw, losses, micro_batches, share
 from elit.training.budgets import scaled_batch_size, training_levels
@@ -253,7 +253,7 @@ class Trainer:
 
     def _batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Data (B, C, H, W) and labels (B,) at indices (B,); no labels for an unconditional model."""
-        x, y = self.data.batch(indices)
+        x, y = self.data.batch(indices, generator(self.config.seed, "data", self.step))
         device = self.accelerator.device
         return x.to(device), y.to(device) if self.model.config.num_classes else None
 

@@ -1,0 +1,108 @@
+"""`elit prepare`: images to what training reads."""
+
+import os
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from tqdm import tqdm
+
+from elit.data.autoencoder import commit_of, load_autoencoder
+from elit.data.convert import REPORT, available_cpus, convert_images
+from elit.data.encode import Encoding
+from elit.data.folder import ImageFolder
+from elit.data.remote import local_copy
+from elit.data.sources import find_images
+
+
+def prepare_convert(
+    source: str,
+    out: Path,
+    resolution: int = 256,
+    transform: str = "center-crop-dhariwal",
+    workers: int | None = None,
+    strict: bool = False,
+) -> None:
+    """Convert images of any size and mode to square PNGs with dataset.json.
+
+    A run that was killed continues when it is started again.
+
+    Args:
+        source: a folder or zip of images: in class folders, with dataset.json, or loose and without labels; or its URL.
+        out: the folder to write.
+        resolution: height and width of the result.
+        transform: center-crop, center-crop-wide (black bars above and below) or center-crop-dhariwal.
+        workers: processes; default one per processor.
+        strict: stop at an image that cannot be read, instead of naming it in report.json.
+
+    Raises:
+        ElitError: a wrong option or source, or a folder that cannot be used.
+    """
+    images = find_images(local_copy(source))
+    converted = convert_images(images, Path(out), resolution, transform, workers or available_cpus(), strict)
+    skipped = [bad for bad in tqdm(converted, total=len(images), desc="converting", unit="image") if bad is not None]
+    classes = f"{images.num_classes} classes" if images.num_classes else "no labels"
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{len(images) - len(skipped):,} images of {resolution}x{resolution}, {classes}, in {out}")
+    for name, reason in skipped[:10]:
+        console.print(f"  skipped {name}: {reason}", markup=False)
+    if skipped:
+        console.print(f"{len(skipped)} could not be read: see {Path(out) / REPORT}")
+
+
+def prepare_encode(
+    source: str,
+    out: Path,
+    autoencoder: str = "stabilityai/sd-vae-ft-ema",
+    revision: str | None = None,
+    flips: bool = False,
+    dtype: str = "float32",
+    shard_size: int = 4096,
+    batch_size: int = 32,
+    workers: int | None = None,
+    device: str = "auto",
+) -> None:
+    """Encode images with an autoencoder into shards of latents.
+
+    A run that was killed continues at its next shard. Under accelerate launch or torchrun the processes share the work.
+
+    Args:
+        source: a folder or zip of images of one square size, see elit prepare convert; or its URL.
+        out: the folder to write.
+        autoencoder: a diffusers autoencoder: a folder or a Hub id.
+        revision: its branch, tag or commit on the Hub.
+        flips: store the mirror image of each image after it.
+        dtype: float32, float16 or bfloat16, of what is stored.
+        shard_size: images per shard.
+        batch_size: images at a time.
+        workers: processes that read images; default one per processor, shared by the processes of a launch.
+        device: auto, cpu, cuda, ...
+
+    Raises:
+        ElitError: a wrong option or source, an image that cannot be read, or a folder that cannot be used.
+    """
+    images = ImageFolder(local_copy(source))
+    encoder = load_autoencoder(autoencoder, revision=revision)
+    if workers is None:
+        workers = max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    encoding = Encoding(
+        images, Path(out), encoder.to(_device(device)), autoencoder, commit_of(autoencoder, revision),
+        flips, dtype, shard_size, batch_size, workers,
+    )  # fmt: skip
+    waited = encoded = 0.0
+    with tqdm(total=sum(len(encoding.shards[s]) for s in encoding.todo), desc="encoding", unit="image") as bar:
+        for report in encoding:
+            bar.update(report.images)
+            waited, encoded = waited + report.waited, encoded + report.encoded
+            bar.set_postfix(waiting=f"{waited / (waited + encoded):.0%}", refresh=False)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{len(images):,} images in {len(encoding.shards)} shards of {out}")
+    if encoding.todo:
+        console.print(f"the autoencoder ran for {encoded:.1f} s and waited {waited:.1f} s for images to be read")
+
+
+def _device(name: str) -> str:
+    """``auto`` is this process's GPU where there is one."""
+    if name != "auto":
+        return name
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,218 @@
+"""Latents as training data: the posterior of every image, from which each step draws anew."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from elit import seeding
+from elit.data.autoencoder import load_autoencoder, posterior, scaling
+from elit.data.folder import ImageFolder
+from elit.data.images import to_signed
+from elit.data.sources import LABELS, count_classes, labels_of, parse_labels
+from elit.errors import ElitError
+
+INDEX = "index.json"
+PUBLISHED = "vae-sd"
+PUBLISHED_SCALING = (0.18215, 0.0)  # of the Stable Diffusion autoencoders, which that layout is for
+
+
+class LatentData(ABC):
+    """Samples ``(mean + std * noise - shift) * scale`` of posteriors that a subclass knows.
+
+    Attributes:
+        labels: (M,).
+        num_classes: 0 without labels.
+        shape: (C, h, w).
+        scaling: scale and shift.
+    """
+
+    labels: Tensor
+    num_classes: int
+    shape: tuple[int, ...]
+    scaling: tuple[float, float]
+
+    @abstractmethod
+    def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B, C, h, w), float32 and not scaled, at indices (B,)."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Scaled latents (B, C, h, w) and labels (B,); the mean without a generator."""
+        mean, std = self.moments(indices)
+        latents = mean if generator is None else mean + std * self._noise(indices, generator).to(std.device)
+        scale, shift = self.scaling
+        return (latents - shift) * scale, self.labels[indices]
+
+    def _noise(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Unit noise (B, C, h, w): one draw of the generator makes the seed, and each index its own noise."""
+        seed = int(torch.randint(2**62, (), generator=generator))
+        draws = [seeding.generator(seed, "posterior", index) for index in indices.tolist()]
+        return torch.stack([torch.randn(self.shape, generator=draw) for draw in draws])
+
+
+class LatentShards(LatentData):
+    """What ``elit prepare encode`` writes: ``index.json`` and safetensors shards, which are mapped, not loaded.
+
+    Raises:
+        ElitError: the index or a shard is missing or damaged.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        index = _read_index(self.root / INDEX)
+        self._shards = _Shards([self.root / shard["file"] for shard in index["shards"]])
+        self.shape = tuple(index["shape"])
+        self.num_classes = index["num_classes"]
+        self.scaling = (index["scaling_factor"], index["shift_factor"])
+        counts = [shard["count"] for shard in index["shards"]]
+        self._ends = np.cumsum(counts)
+        self.labels = torch.cat([self._shards.whole(shard, "labels") for shard in range(len(counts))])
+
+    def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        places = [self._place(index) for index in indices.tolist()]
+        mean, std = (torch.stack([self._shards.row(*place, name) for place in places]) for name in ("mean", "std"))
+        return mean.float(), std.float()
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Shard and row of an index."""
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, index - int(self._ends[shard - 1] if shard else 0)
+
+
+class _Shards:
+    """Rows of tensors in safetensors files, which stay open."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+        self._open: dict[tuple[int, str], Any] = {}
+        for shard in range(len(files)):
+            self._slice(shard, "labels")
+
+    def row(self, shard: int, row: int, name: str) -> Tensor:
+        return self._slice(shard, name)[row]
+
+    def whole(self, shard: int, name: str) -> Tensor:
+        return self._slice(shard, name)[:]
+
+    def _slice(self, shard: int, name: str) -> Any:
+        if (shard, name) not in self._open:
+            file = self.files[shard]
+            try:
+                self._open[shard, name] = safe_open(file, framework="pt").get_slice(name)
+            except (OSError, SafetensorError) as error:
+                raise ElitError(f"{file} is missing or damaged ({error}); delete it and encode again") from error
+        return self._open[shard, name]
+
+
+def _read_index(file: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ElitError(f"{file} is missing or damaged; run elit prepare encode to its end") from error
+    needed = {"shape", "num_classes", "scaling_factor", "shift_factor", "shards"}
+    if not isinstance(index, dict) or not needed <= index.keys():
+        raise ElitError(f"{file} is no index of latents: it lacks {', '.join(sorted(needed - set(index)))}")
+    return index
+
+
+class PublishedLatents(LatentData):
+    """The published layout: ``vae-sd/**/*.npy`` with mean and standard deviation (2C, h, w) stacked, not scaled.
+
+    ``dataset.json`` lies in ``vae-sd``, beside it, or in ``images``, and names the arrays or the images, which then
+    have the same number at the end of their names.
+
+    Raises:
+        ElitError: arrays or labels are missing or of another form.
+    """
+
+    scaling = PUBLISHED_SCALING
+
+    def __init__(self, root: str | Path) -> None:
+        folder = Path(root) / PUBLISHED
+        self.files = sorted(folder.rglob("*.npy"), key=lambda file: file.relative_to(folder).as_posix())
+        if not self.files:
+            raise ElitError(f"{folder} holds no .npy files")
+        channels, *size = self._load(0).shape
+        self.shape = (channels // 2, *size)
+        labels, self.num_classes = self._labels(Path(root))
+        self.labels = torch.tensor(labels)
+
+    def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        stacked = torch.stack([self._load(index) for index in indices.tolist()])
+        mean, std = stacked.float().chunk(2, dim=1)
+        return mean, std
+
+    def _load(self, index: int) -> Tensor:
+        file = self.files[index]
+        try:
+            values = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ElitError(f"{file} cannot be read ({error})") from error
+        expected = (2 * self.shape[0], *self.shape[1:]) if index else values.shape
+        if values.ndim != 3 or values.shape[0] % 2 or values.shape != expected:
+            raise ElitError(f"{file} has the shape {values.shape}; it must hold mean and std, (2C, h, w), as the first")
+        return torch.from_numpy(values)
+
+    def _labels(self, root: Path) -> tuple[list[int], int]:
+        """Labels in the order of the files, and the number of classes."""
+        names = [file.relative_to(root / PUBLISHED).as_posix() for file in self.files]
+        found = [file for file in (root / PUBLISHED / LABELS, root / LABELS, root / "images" / LABELS) if file.exists()]
+        if not found:
+            raise ElitError(f"{root} has no {LABELS}; it belongs in {root / PUBLISHED}")
+        content = parse_labels(found[0].read_bytes(), found[0])
+        labels = content["labels"]
+        if labels is None:
+            return [0] * len(names), 0
+        if names[0] not in labels:
+            labels, names = {_number(name): label for name, label in labels.items()}, [_number(name) for name in names]
+        chosen = labels_of(names, labels, found[0])
+        return chosen, count_classes(chosen, content["classes"])
+
+
+def _number(name: str) -> str:
+    """The digits that end a file's name: ``00000/img-mean-std-00000012.npy`` -> ``00000012``."""
+    stem = Path(name).stem
+    return stem[len(stem.rstrip("0123456789")) :]
+
+
+class EncodedFolder(LatentData):
+    """Images that an autoencoder encodes whenever they are asked for: nothing is stored, and every step pays for it.
+
+    Args:
+        root: see :class:`ImageFolder`.
+        autoencoder: a diffusers autoencoder: a folder or a Hub id.
+        batch_size: images that are encoded at a time.
+
+    Raises:
+        ElitError: see :class:`ImageFolder` and :func:`load_autoencoder`.
+    """
+
+    def __init__(self, root: str | Path, autoencoder: str | Path, batch_size: int = 32) -> None:
+        self.images = ImageFolder(root)
+        self.autoencoder = load_autoencoder(autoencoder)
+        self.batch_size = batch_size
+        self.labels, self.num_classes = self.images.labels, self.images.num_classes
+        self.scaling = scaling(self.autoencoder)
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return tuple(self.moments(torch.tensor([0]))[0].shape[1:])
+
+    def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        # Not before a batch is asked for: by then every process has chosen its GPU.
+        self.autoencoder.to("cuda" if torch.cuda.is_available() else "cpu")
+        parts = [
+            posterior(to_signed(self.images.pixels(part)), self.autoencoder) for part in indices.split(self.batch_size)
+        ]
+        mean, std = (torch.cat(kind).float() for kind in zip(*parts, strict=True))
+        return mean, std

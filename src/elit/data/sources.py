@@ -1,0 +1,146 @@
+"""Where images come from: a folder or a zip file of them, with or without labels."""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from elit.errors import ElitError
+
+LABELS = "dataset.json"
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images in a fixed order, that of their sorted names.
+
+    Attributes:
+        root: the folder or zip file.
+        names: of the images, relative to the root, with forward slashes.
+        labels: one per image, or None for unlabelled images.
+        classes: names of the classes, where they are known.
+    """
+
+    root: Path
+    names: Sequence[str]
+    labels: Sequence[int] | None
+    classes: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 without labels."""
+        return count_classes(self.labels, self.classes)
+
+
+def count_classes(labels: Sequence[int] | None, classes: Sequence[str] | None) -> int:
+    """One class per name, or up to the largest label where there are no names; 0 without labels."""
+    if labels is None:
+        return 0
+    return len(classes) if classes is not None else max(labels, default=-1) + 1
+
+
+def find_images(root: str | Path) -> Source:
+    """The images of a folder or zip file.
+
+    Labels come from its ``dataset.json`` (``{"labels": [[name, label], ...]}``, or null for none); without that file,
+    from the class folders that the images lie in, sorted by name; images that lie in no folder have none.
+
+    Raises:
+        ElitError: there are no images, or their labels are missing, wrong or ambiguous.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise ElitError(f"there is no folder or zip file {root}; give one of images")
+    listed = sorted(_list(root))
+    names = [name for name in listed if name.lower().endswith(SUFFIXES)]
+    if not names:
+        raise ElitError(f"{root} holds no images; it needs files that end in {', '.join(SUFFIXES)}")
+    if LABELS in listed:
+        content = parse_labels(read_bytes(root, LABELS), root / LABELS)
+        labels = None if content["labels"] is None else labels_of(names, content["labels"], root / LABELS)
+        return Source(root, names, labels, content.get("classes"))
+    folders = [name.partition("/")[0] if "/" in name else "" for name in names]
+    classes = sorted(set(folders))
+    if classes == [""]:
+        return Source(root, names, None)
+    if "" in classes:
+        loose = names[folders.index("")]
+        raise ElitError(f"{root / loose} lies in no class folder and others do; move it, or add a {LABELS}")
+    number = {name: label for label, name in enumerate(classes)}
+    return Source(root, names, [number[folder] for folder in folders], classes)
+
+
+def parse_labels(text: bytes, file: Path) -> dict[str, Any]:
+    """The content of a ``dataset.json``: ``labels`` as a dictionary from name to label, or None.
+
+    Raises:
+        ElitError: it is not of that form.
+    """
+    remedy = f'{file} must be {{"labels": [["name.png", 0], ...]}}, or null for no labels'
+    try:
+        content = json.loads(text)
+        rows = content["labels"]
+        labels = None if rows is None else {str(name): label for name, label in rows}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ElitError(f"{remedy} ({error})") from error
+    for name, label in (labels or {}).items():
+        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+            raise ElitError(f"{file} gives {name} the label {label!r}; labels are whole numbers from 0 up")
+    classes = content.get("classes")
+    if classes is not None and labels and max(labels.values()) >= len(classes):
+        raise ElitError(f"{file} uses label {max(labels.values())} and names {len(classes)} classes")
+    return {"labels": labels, "classes": classes}
+
+
+def labels_of(names: Sequence[str], labels: dict[str, int], file: Path) -> list[int]:
+    """The labels of the names, in their order.
+
+    Raises:
+        ElitError: a name has no label, or a label no file.
+    """
+    for name in names:
+        if name not in labels:
+            raise ElitError(f"{file} has no label for {name}; add it, or remove the image")
+    if len(labels) > len(names):
+        lost = min(labels.keys() - set(names))
+        raise ElitError(f"{file} has a label for {lost}, and there is no such file")
+    return [labels[name] for name in names]
+
+
+def read_bytes(root: Path, name: str) -> bytes:
+    """A file of a source."""
+    if root.is_dir():
+        return (root / name).read_bytes()
+    return _open_zip(root, os.getpid()).read(name)
+
+
+def _list(root: Path) -> list[str]:
+    if root.is_dir():
+        paths = (path.relative_to(root) for path in root.rglob("*"))
+        return [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
+    names = _open_zip(root, os.getpid()).namelist()
+    return [name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))]
+
+
+@lru_cache(maxsize=4)
+def _open_zip(root: Path, process: int) -> zipfile.ZipFile:
+    """Kept open, as the table of contents of a large zip takes long to read; once per process, as forks share a file's
+    position."""
+    try:
+        return zipfile.ZipFile(root)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ElitError(f"{root} is neither a folder nor a zip file that can be read ({error})") from error
+
+
+def fingerprint(source: Source) -> str:
+    """A hash of the names and labels, to tell whether work can be continued."""
+    return hashlib.sha256(json.dumps([list(source.names), source.labels]).encode()).hexdigest()
