@@ -161,10 +161,10 @@ def windows_of(size: Size, window: Size) -> list[list[int]]:
     ]  # fmt: skip
 
 
-def places(size: Size) -> list[tuple[int, ...]]:
+def places(size: Size, video: bool) -> list[tuple[int, ...]]:
     """(row, column) of every token of a grid, or (time, row, column) of a video."""
     t, h, w = size
-    return [(i, j, k) if t > 1 else (j, k) for i in range(t) for j in range(h) for k in range(w)]
+    return [(i, j, k) if video else (j, k) for i in range(t) for j in range(h) for k in range(w)]
 
 
 def read(
@@ -183,7 +183,7 @@ def read(
         context = [layer_norm(token) * (1 + scale_s) + shift_s for token in spatial]
         latents = [weights["latents"][j] for j in range(level)]
         queries = latents if published else [layer_norm(latent) for latent in latents]
-        at = [None] * count if published else places(window)
+        at = [None] * count if published else places(window, size[0] > 1)
         attended = cross_attention(
             part(layer, "attention"), queries, context, heads, [None] * level, at, theta, published
         )
@@ -209,7 +209,7 @@ def write(
             s[n] + (weights["read_positions"][i] + weights["write_positions"][i] if published else 0)
             for i, n in enumerate(tokens)
         ]
-        at = [None] * count if published else places(window)
+        at = [None] * count if published else places(window, size[0] > 1)
         for k in range(depth):
             layer = part(weights, f"write_layers.{k}")
             norm = (lambda x: x) if published else layer_norm

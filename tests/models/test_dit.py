@@ -84,7 +84,7 @@ def plain_forward(model: DiT, x: Tensor, t: float, y: int | None, level: int) ->
         tokens = blocks(tokens, 0, core, at)
         filled = grid.window_tokens if config.interface.tail_visible else level
         latents = reference.read(own, tokens, c, *shared, filled)
-        windows = reference.places(grid.shape)
+        windows = reference.places(grid.shape, grid.size[0] > 1)
         kept = [latent for window in latents for latent in window[:level]]
         kept = blocks(kept, core, tail, [(j, *place) for place in windows for j in range(level)])
         seen = [kept[g * level : (g + 1) * level] + window[level:] for g, window in enumerate(latents)]

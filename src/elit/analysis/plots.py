@@ -110,6 +110,19 @@ def plot_image_table(images: Sequence[Sequence[Tensor]], columns: Sequence[str],
 
 
 @mpl.rc_context(STYLE | {"axes.grid": False})
+def plot_overview(rows: Sequence[Sequence[Tensor]], labels: Sequence[str]) -> Figure:
+    """Images (C, H, W) in [-1, 1]: one labelled row per budget."""
+    size = (0.75 * len(rows[0]), 0.75 * len(rows))
+    figure, axes = plt.subplots(len(rows), len(rows[0]), figsize=size, squeeze=False)
+    for row, (line, label) in enumerate(zip(rows, labels, strict=True)):
+        for column, image in enumerate(line):
+            _show(axes[row][column], image)
+        axes[row][0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+    figure.subplots_adjust(0, 0, 1, 1, wspace=0.04, hspace=0.04)
+    return figure
+
+
+@mpl.rc_context(STYLE | {"axes.grid": False})
 def plot_attention(
     images: Tensor, attention: Tensor, loss: Tensor, correlations: Mapping[str, tuple[float, float]]
 ) -> Figure:

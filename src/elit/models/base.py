@@ -4,14 +4,33 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from elit.errors import ElitError
 from elit.interface import LatentInterface, check_budget
 
+CARD = """---
+library_name: elit
+tags: [elit, diffusion, flow-matching]
+---
 
-class Model(nn.Module, PyTorchModelHubMixin, library_name="elit", license="apache-2.0"):
+# {name}, {millions:.1f} M parameters
+
+A diffusion transformer saved by [ELIT](https://arxiv.org/abs/2603.12245), `pip install elit-diffusion`:
+
+```python
+import elit
+
+model = elit.load("this/repository")  # {elastic}
+samples = elit.sample(model, {labels}seeds=[0, 1])
+```
+
+Fill in: training data, licence of the weights, results.
+"""
+
+
+class Model(nn.Module, PyTorchModelHubMixin, library_name="elit"):
     """A velocity model ``v = model(x, t, y, budget=...)``.
 
     Attributes:
@@ -84,6 +103,13 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="elit", license="apach
     def drop_condition(self, y: Tensor, dropped: Tensor) -> Tensor:
         """Conditions y of a batch, those marked in ``dropped`` (B,) replaced by :meth:`null_condition`."""
         return torch.where(dropped, self.null_condition(y), y)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The card that is saved beside the weights, for the author to complete."""
+        elastic = f"{len(self.levels)} budgets" if self.levels else "no latent interface"
+        millions = sum(p.numel() for p in self.parameters()) / 1e6
+        labels = "labels=[0, 1], " if self.config.num_classes else ""
+        return ModelCard(CARD.format(name=type(self).__name__, millions=millions, elastic=elastic, labels=labels))
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Writes ``config.json``, ``model.safetensors`` and a model card into a folder.
