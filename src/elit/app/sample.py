@@ -1,4 +1,4 @@
-"""`elit sample`: images from a model into a PNG."""
+"""`elit sample`: images from a model into a PNG, or clips into a video."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,16 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 
-from elit.app.images import to_grid
+from elit.app.images import to_frames, to_grid
 from elit.atomic import atomic_file
 from elit.data.autoencoder import decode, load_autoencoder
+from elit.data.clips import write_video
 from elit.errors import ElitError
 from elit.flow import Guidance, sample
 from elit.interface import Budget, BudgetByNoise
 from elit.models.files import load
 
+VIDEO = (".gif", ".mp4")
 PIXELS = (1, 3)  # channels of models that need no autoencoder
 
 
@@ -55,11 +57,11 @@ def sample_images(
     batch_size: int = 64,
     device: str = "auto",
 ) -> Path:
-    """Draw images from a model into one PNG grid.
+    """Draw images from a model into one PNG grid, or clips into one video.
 
     Args:
         model: a run directory, a saved model, a published .pt file or a Hub id.
-        out: the PNG file to write.
+        out: the file to write: .png for images, .gif or .mp4 for clips.
         num_images: how many.
         labels: one class per image, such as [3,1,4]; default all classes in turn.
         seed: image i has the seed SEED + i.
@@ -82,8 +84,8 @@ def sample_images(
     """
     settings = {k: v for k, v in locals().items() if k not in ("out", "device", "batch_size")}
     out = Path(out)
-    if out.suffix.lower() != ".png":
-        raise ElitError(f"out is {out}; it must be a .png file")
+    if out.suffix.lower() not in (".png", *VIDEO):
+        raise ElitError(f"out is {out}; it must be a .png file, or for clips .gif or .mp4")
     if num_images < 1 or batch_size < 1:
         raise ElitError(f"num_images and batch_size must be at least 1, not {num_images} and {batch_size}")
     if labels is not None and len(labels) != num_images:
@@ -95,6 +97,11 @@ def sample_images(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     net = load(model, weights=weights, device=device)
+    is_video = len(net.input_shape()) == 4
+    if is_video != (out.suffix.lower() in VIDEO):
+        raise ElitError(
+            f"out is {out}; {model} makes {'clips: take .gif or .mp4' if is_video else 'images: take .png'}"
+        )
     classes, channels = net.config.num_classes, net.config.in_channels
     decoder = None if channels in PIXELS else load_autoencoder(autoencoder, channels)
     record = PngInfo()
@@ -112,6 +119,10 @@ def sample_images(
             batch_size=batch_size,
             progress=True,
         )
-        to_grid(images if decoder is None else decode(images, decoder)).save(temporary, pnginfo=record)
+        images = images if decoder is None else decode(images, decoder)
+        if is_video:
+            write_video(to_frames(images), temporary)
+        else:
+            to_grid(images).save(temporary, pnginfo=record)
     Console(soft_wrap=True, highlight=False).print(f"{num_images} images in {out}")
     return out

@@ -2,12 +2,18 @@
 
 from collections.abc import Callable
 
+from elit.data.clips import ClipFolder
 from elit.data.dataset import Data, ImageData
 from elit.data.digits import digits, digits8
+from elit.data.moving import moving_digits
 from elit.data.order import batch_indices
 from elit.errors import ElitError
 
-EMBEDDED: dict[str, Callable[[bool], ImageData]] = {"digits": digits, "digits8": digits8}
+EMBEDDED: dict[str, Callable[[bool], ImageData]] = {
+    "digits": digits,
+    "digits8": digits8,
+    "moving-digits": moving_digits,
+}
 
 
 def open_data(name: str, held_out: bool = False) -> Data:
@@ -21,4 +27,14 @@ def open_data(name: str, held_out: bool = False) -> Data:
     return EMBEDDED[name](held_out)
 
 
-__all__ = ["EMBEDDED", "Data", "ImageData", "batch_indices", "digits", "digits8", "open_data"]
+__all__ = [
+    "EMBEDDED",
+    "ClipFolder",
+    "Data",
+    "ImageData",
+    "batch_indices",
+    "digits",
+    "digits8",
+    "moving_digits",
+    "open_data",
+]
