@@ -239,9 +239,19 @@ class Block(nn.Module):
         self.modulation = Modulation(width, 6, condition_width)
 
     def forward(self, x: Tensor, c: Tensor, rope: Rotary | None) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c, x.dim())
-        x = torch.addcmul(x, gate_a, self.attention(modulate(self.attention_norm(x), shift_a, scale_a), rope))
-        return torch.addcmul(x, gate_m, self.mlp(modulate(self.mlp_norm(x), shift_m, scale_m)))
+        parts = self.modulation(c, x.dim())
+        return self.after(x, self.attention(self.before(x, parts), rope), parts)
+
+    def before(self, x: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+        """What attention is given of x, under the parts of the modulation."""
+        shift, scale, *_ = parts
+        return modulate(self.attention_norm(x), shift, scale)
+
+    def after(self, x: Tensor, attended: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+        """x with what attention gave, and then the MLP, added."""
+        _, _, gate_a, shift, scale, gate_m = parts
+        x = torch.addcmul(x, gate_a, attended)
+        return torch.addcmul(x, gate_m, self.mlp(modulate(self.mlp_norm(x), shift, scale)))
 
 
 class TimeEmbed(nn.Module):

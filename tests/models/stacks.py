@@ -8,7 +8,7 @@ import reference
 from conftest import TINY, randomize
 
 from elit.interface import InterfaceConfig
-from elit.models import HDiT, HDiTConfig, Model, UViT, UViTConfig
+from elit.models import HDiT, HDiTConfig, MMDiT, MMDiTConfig, Model, UViT, UViTConfig
 from elit.models.dit import Transformer
 
 ELASTIC: dict[str, tuple[type[Model], type, dict[str, Any]]] = {
@@ -16,6 +16,7 @@ ELASTIC: dict[str, tuple[type[Model], type, dict[str, Any]]] = {
     "ELIT-UViT, deep head": (UViT, UViTConfig, {"depth": 8, "head_depth": 2, "tail_depth": 3}),  # all skips in space
     "ELIT-HDiT": (HDiT, HDiTConfig, {"depth": 6, "inner_depth": 2}),
     "ELIT-HDiT, all outer blocks in space": (HDiT, HDiTConfig, {"inner_depth": 2}),
+    "ELIT-MMDiT": (MMDiT, MMDiTConfig, {"num_classes": 0, "text_width": 24, "empty_length": 2}),
 }  # fmt: skip
 """Model, configuration and its fields beside those of conftest.TINY."""
 
@@ -43,10 +44,11 @@ def plain_stack(
     assert config.interface is not None
     grid, weights = model.interface.grid, reference.part(reference.weights_of(model), "interface")
     shared = (grid.size, grid.window, config.num_heads, config.rope_theta, False)
-    places, core, tail = reference.places(grid.size), config.head_depth, config.depth - config.tail_depth
+    video = grid.size[0] > 1
+    places, core, tail = reference.places(grid.size, video), config.head_depth, config.depth - config.tail_depth
     tokens = blocks(0, core, tokens, places)
     latents = [latent for window in reference.read(weights, tokens, c, *shared, level) for latent in window]
-    at = [(j, *place) for place in reference.places(grid.shape) for j in range(level)]
+    at = [(j, *place) for place in reference.places(grid.shape, video) for j in range(level)]
     latents = blocks(core, tail, latents, at)
     by_window = [latents[g : g + level] for g in range(0, len(latents), level)]
     tokens = reference.write(weights, tokens, by_window, *shared, config.interface.write_depth)

@@ -59,7 +59,7 @@ def test_the_plain_stack_merges_squares() -> None:
     s, c = torch.randn(1, 24, 32).double(), torch.randn(1, 32).double()
     answer = model.transform(s, c, size, 0)[0].detach().numpy()
     order = [n for square in reference.windows_of(size, (1, 2, 2)) for n in square]
-    places = reference.places(size)
+    places = reference.places(size, False)
     tokens, at = [s[0, n].numpy() for n in order], [places[n] for n in order]
     expected = np.empty_like(answer)
     expected[order] = plain_blocks(model, c[0].numpy())(0, model.config.depth, tokens, at)

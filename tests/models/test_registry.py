@@ -85,6 +85,7 @@ def test_every_name_builds_what_it_says() -> None:
         if "DFM" in family:
             continue
         config = config_for(name, resolution=512)
+        assert (config.num_classes == 0) == ("MMDiT" in family)
         assert config.patch_size == int(patch)
         assert (config.interface is not None) == name.startswith("ELIT-")
         published = "SiT" in family
@@ -96,7 +97,7 @@ def test_every_name_builds_what_it_says() -> None:
             assert config.interface.variant == ("published" if published else "paper")
     assert len(set(names())) == len(names())
     assert {"DiT-B/2", "SiT-XL/2", "ELIT-DiT-S/1", "ELIT-SiT-XL/2", "ELIT-DiT-L/8"} <= set(names())
-    assert {"UViT-B/2", "ELIT-UViT-XL/2", "HDiT-S/1", "ELIT-HDiT-XL/2"} <= set(names())
+    assert {"UViT-B/2", "ELIT-UViT-XL/2", "HDiT-S/1", "ELIT-HDiT-XL/2", "ELIT-MMDiT-B/2"} <= set(names())
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_the_plain_stack_is_the_plain_loops(depth: int) -> None:
     assert len(model.joins) == max(0, depth // 2 - 2)
     s, c = torch.randn(1, 16, 32).double(), torch.randn(1, 32).double()
     answer = model.transform(s, c, (1, 4, 4), 0)[0].detach().numpy()
-    expected = plain_blocks(model, c[0].numpy())(0, depth, list(s[0].numpy()), reference.places((1, 4, 4)))
+    expected = plain_blocks(model, c[0].numpy())(0, depth, list(s[0].numpy()), reference.places((1, 4, 4), False))
     np.testing.assert_allclose(answer, np.array(expected), rtol=0, atol=1e-10)  # float64, up to 8 blocks
 
 

@@ -1,13 +1,13 @@
 """What training needs of data."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 
 class Data(Protocol):
-    """Samples in the model's space, with labels."""
+    """Samples in the model's space, with labels or text."""
 
     @property
     def num_classes(self) -> int:
@@ -21,8 +21,8 @@ class Data(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Samples (B, C, H, W) and labels (B,) at indices (B,)."""
+    def batch(self, indices: Tensor) -> tuple[Tensor, Any]:
+        """Samples (B, C, H, W) and labels (B,), or :class:`~elit.conditions.Text`, at indices (B,)."""
         ...
 
 

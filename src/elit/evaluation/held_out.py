@@ -35,7 +35,7 @@ def held_out_loss(
             t = times.draw(len(x), path_named(path), rng)
             noise = torch.randn(x.shape, generator=rng)
             x, y, t, noise = (part.to(model.device) for part in (x, y, t, noise))
-            labels = y if model.config.num_classes else None
+            labels = y if model.conditional else None
             velocity = partial(model, y=labels, budget=budget)
             losses.append(flow_matching_loss(velocity, x, t, noise, path_named(path)).cpu())
     return torch.cat(losses)

@@ -4,6 +4,7 @@ from elit.models.base import Model
 from elit.models.dfm import DFM, DFMConfig
 from elit.models.dit import DiT, DiTConfig
 from elit.models.hdit import HDiT, HDiTConfig
+from elit.models.mmdit import MMDiT, MMDiTConfig
 from elit.models.registry import config_for, create, names
 from elit.models.uvit import UViT, UViTConfig
 
@@ -14,6 +15,8 @@ __all__ = [
     "DiTConfig",
     "HDiT",
     "HDiTConfig",
+    "MMDiT",
+    "MMDiTConfig",
     "Model",
     "UViT",
     "UViTConfig",

@@ -98,8 +98,8 @@ class Transformer(Model):
     """The stack between embedding and projection: blocks, positions and labels, with or without the interface.
 
     A backbone adds how its input becomes tokens and a condition, how tokens become a velocity, and at the end of its
-    constructor calls :func:`~elit.layers.init_model`. One of another stack says which blocks there are
-    (:meth:`build_blocks`) and how tokens pass them (:meth:`transform`).
+    constructor calls :func:`~elit.layers.init_model`. One of another stack says what it is made of
+    (:meth:`build_stack`) and how tokens pass it (:meth:`transform`).
 
     Attributes:
         LEVEL_STEP: levels are multiples of it.
@@ -112,7 +112,7 @@ class Transformer(Model):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__(config)
         self.label_embed = nn.Embedding(config.num_classes + 1, config.width) if config.num_classes else None
-        self.build_blocks()
+        self.build_stack()
         head_dim = config.width // config.num_heads
         self.interface = None
         if config.interface is not None:
@@ -126,8 +126,8 @@ class Transformer(Model):
         else:
             self.rope_table = RotaryTable(coordinates(config.grid_size), head_dim, config.rope_theta)
 
-    def build_blocks(self) -> None:
-        """Sets ``blocks``, in the order in which tokens pass them."""
+    def build_stack(self) -> None:
+        """Sets ``blocks``, in the order in which tokens pass them, and what is between them."""
         config = self.config
         self.blocks = nn.ModuleList(
             Block(config.width, config.num_heads, config.mlp_ratio, config.qk_norm_kind) for _ in range(config.depth)
@@ -223,10 +223,18 @@ class DiT(Transformer):
         """
         level = self.level(budget)
         size = self.check_input(x, y, self.patch)
-        s = self.place(self.patch_embed(patchify(x, size, self.patch)), size)  # (B, N, D)
+        s = self.embed(x, size)  # (B, N, D)
         c = self.condition(self.time_embed(t), y)  # (B, D)
         s = self.transform(s, c, size, level)  # head, Read, core, Write, tail
-        return unpatchify(self.final(s, c), size, self.patch).view_as(x)
+        return self.project(s, c, size).view_as(x)
+
+    def embed(self, x: Tensor, size: Triple) -> Tensor:
+        """Spatial tokens (B, N, D) of an input."""
+        return self.place(self.patch_embed(patchify(x, size, self.patch)), size)
+
+    def project(self, s: Tensor, c: Tensor, size: Triple) -> Tensor:
+        """Velocity (B, C, T, H, W) of spatial tokens."""
+        return unpatchify(self.final(s, c), size, self.patch)
 
 
 def run(blocks: nn.ModuleList, x: Tensor, c: Tensor, rope: Rotary | None) -> Tensor:

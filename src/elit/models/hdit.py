@@ -66,7 +66,7 @@ class HDiT(DiT):
     LEVEL_STEP: ClassVar[int] = RUN
     config: HDiTConfig
 
-    def build_blocks(self) -> None:
+    def build_stack(self) -> None:
         config, wide = self.config, 2 * self.config.width
         outer, inner = config.outer_depth, config.inner_depth
         self.blocks = nn.ModuleList(

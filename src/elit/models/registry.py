@@ -10,12 +10,14 @@ from elit.models.base import Model
 from elit.models.dfm import DFM, DFMConfig
 from elit.models.dit import DiT, DiTConfig
 from elit.models.hdit import HDiT, HDiTConfig
+from elit.models.mmdit import MMDiT, MMDiTConfig
 from elit.models.uvit import UViT, UViTConfig
 
 ARCHITECTURES: dict[str, tuple[type[Model], type]] = {
     "DiT": (DiT, DiTConfig),
     "UViT": (UViT, UViTConfig),
     "HDiT": (HDiT, HDiTConfig),
+    "MMDiT": (MMDiT, MMDiTConfig),
     "DFM": (DFM, DFMConfig),
 }
 """Model class and configuration by the name that a saved ``config.json`` carries."""
@@ -34,6 +36,7 @@ SPLITS = {  # blocks in head and tail; only ELIT-SiT-XL was released
     "DFM-SiT": RELEASED_SPLITS,
     "UViT": PAPER_SPLITS,
     "HDiT": PAPER_SPLITS,
+    "MMDiT": PAPER_SPLITS,
 }
 PATCH_SIZES = {
     "DiT": (1, 2, 4, 8),
@@ -41,9 +44,11 @@ PATCH_SIZES = {
     "DFM-SiT": (2, 4, 8),  # the last stage's, of two
     "UViT": (1, 2, 4, 8),
     "HDiT": (1, 2, 4),  # at 256px larger ones leave no four tokens in a window
+    "MMDiT": (1, 2, 4, 8),
 }
 CONFIGS: dict[str, type[DiTConfig]] = {
     "DiT": DiTConfig, "SiT": DiTConfig, "DFM-SiT": DFMConfig, "UViT": UViTConfig, "HDiT": HDiTConfig,
+    "MMDiT": MMDiTConfig,
 }  # fmt: skip
 INNER_DEPTHS = {"S": 4, "B": 4, "L": 10, "XL": 12}  # of HDiT; the paper's for XL, and about its share for the others
 WINDOWS_PER_SIDE = 4  # 16 windows an image: group size 4 at 256px, 8 at 512px

@@ -46,8 +46,8 @@ class UViT(DiT):
 
     config: UViTConfig
 
-    def build_blocks(self) -> None:
-        super().build_blocks()
+    def build_stack(self) -> None:
+        super().build_stack()
         width = self.config.width
         self.joins = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(self.config.skips))
 

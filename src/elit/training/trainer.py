@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from elit.conditions import Condition, map_condition
 from elit.data import Data, batch_indices, open_data
 from elit.errors import ElitError
 from elit.flow import flow_matching_loss, path_named
@@ -176,11 +177,11 @@ class Trainer:
         skipped = self.skipped + (not finite)
         return StepReport(self.step, loss.item(), float(norm), config.optimizer.lr * factor, level, skipped)
 
-    def _batch(self) -> tuple[Tensor, Tensor | None]:
+    def _batch(self) -> tuple[Tensor, Condition | None]:
         """Data (B, C, H, W) and labels (B,) of the current step; no labels for an unconditional model."""
         x, y = self.data.batch(batch_indices(self.config.seed, self.step, self.config.batch_size, len(self.data)))
         device = self.accelerator.device
-        return x.to(device), y.to(device) if self.model.config.num_classes else None
+        return x.to(device), map_condition(lambda v: v.to(device), y) if self.model.conditional else None
 
     def _draw_level(self) -> int:
         if not self.config.multi_budget:
