@@ -167,6 +167,7 @@ def test_wrong_settings_of_train(tmp_path: Path) -> None:
     config.write_text("steps: [\n")
     assert "config" in refused("train", "--config", config)
     assert "missing.yaml" in refused("train", "--config", tmp_path / "missing.yaml")
+    assert "unrecognized arguments: --model.nam" in refused("train", "--model.nam", "x")
     assert "steps: Expected a whole number" in refused("train", "--steps", "many")
     fields = ("--model.fields", '{"group_size": 3}')
     assert "group size 3 does not divide" in refused("train", "--data", "digits", *fields, cwd=tmp_path)

@@ -47,12 +47,13 @@ def make_parser() -> Parser:
         prog="elit",
         description="Elastic diffusion transformers: one set of weights, many budgets.",
         version=__version__,
+        allow_abbrev=False,  # an option that is misspelt must not be taken for another
     )
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     verbs = parser.add_subcommands(required=True, dest="verb")
     for name, function in VERBS.items():
         summary = (function.__doc__ or "").splitlines()[0]
-        verb = Parser(description=summary, usage=f"elit {name} [OPTIONS]", allow_abbrev=False)
+        verb = Parser(description=summary, usage=f"elit {name} [OPTIONS]")
         verb.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below.")
         if function is train:
             verb.add_class_arguments(TrainConfig, as_group=False)
@@ -65,7 +66,8 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb and returns the exit code: 0, 2 for a wrong input, 130 after Ctrl-C."""
     arguments = [_with_underscores(a) for a in (sys.argv[1:] if argv is None else argv)]
-    debug = "--debug" in arguments
+    debug = "--debug" in arguments  # wherever it stands
+    arguments = [a for a in arguments if a != "--debug"]
     logging.basicConfig(format="%(message)s")
     logging.getLogger("elit").setLevel(logging.INFO)  # which model was found where
     try:

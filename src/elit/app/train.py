@@ -39,4 +39,5 @@ def show_progress(trainer: Trainer) -> None:
                 smooth = report.loss
             smooth = 0.98 * smooth + 0.02 * report.loss
             bar.update()
-            bar.set_postfix(loss=f"{smooth:.4f}", skipped=report.skipped or None, refresh=False)
+            skipped = {"skipped": report.skipped} if report.skipped else {}
+            bar.set_postfix({"loss": f"{smooth:.4f}", **skipped}, refresh=False)
