@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from elit.data.captions import captioned_digits
 from elit.data.clips import ClipFolder
 from elit.data.dataset import Data, ImageData
 from elit.data.digits import digits, digits8
@@ -9,10 +10,11 @@ from elit.data.moving import moving_digits
 from elit.data.order import batch_indices
 from elit.errors import ElitError
 
-EMBEDDED: dict[str, Callable[[bool], ImageData]] = {
+EMBEDDED: dict[str, Callable[[bool], Data]] = {
     "digits": digits,
     "digits8": digits8,
     "moving-digits": moving_digits,
+    "captioned-digits": captioned_digits,
 }
 
 
@@ -33,6 +35,7 @@ __all__ = [
     "Data",
     "ImageData",
     "batch_indices",
+    "captioned_digits",
     "digits",
     "digits8",
     "moving_digits",
