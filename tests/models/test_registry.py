@@ -50,8 +50,8 @@ def test_parameter_counts_are_the_published_ones(name: str, count: int) -> None:
 def test_cost_is_the_papers(name: str, millions: int | None, teraflops: int, teraflops_512: int) -> None:
     """docs/backbones.md. The paper counts an iteration of training as 3 forwards of 256 images.
 
-    Within 1 %: the paper rounds to 1 TFLOP, and its counts of U-ViT have about 1 TFLOP that ours do not. The 1.4 B
-    parameters of HDiT are rounded, hence 3 % there.
+    Within 1 %: the paper rounds to 1 TFLOP, and its counts of U-ViT have 0.6 % that ours do not. The 1.4 B parameters
+    of HDiT are rounded, hence 3 % there.
     """
     model = on_meta(name)
     if millions is not None:

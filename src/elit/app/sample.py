@@ -12,6 +12,7 @@ from elit.app.images import to_frames, to_grid
 from elit.atomic import atomic_file
 from elit.data.autoencoder import decode, load_autoencoder
 from elit.data.clips import write_video
+from elit.data.text import open_encoder
 from elit.errors import ElitError
 from elit.flow import Guidance, sample
 from elit.interface import Budget, BudgetByNoise
@@ -43,6 +44,8 @@ def sample_images(
     out: Path = Path("samples.png"),
     num_images: int = 16,
     labels: list[int] | None = None,
+    prompts: list[str] | None = None,
+    text_encoder: str = "words",
     seed: int = 0,
     steps: int = 40,
     solver: Literal["euler", "heun", "sde"] = "euler",
@@ -64,6 +67,9 @@ def sample_images(
         out: the file to write: .png for images, .gif or .mp4 for clips.
         num_images: how many.
         labels: one class per image, such as [3,1,4]; default all classes in turn.
+        prompts: for a model of text, one per image, or one for all.
+        text_encoder: what embeds them: a text encoder of transformers (a folder or a Hub id), the one of training; or
+            words, the vectors of the embedded captioned-digits.
         seed: image i has the seed SEED + i.
         steps: sampling steps.
         solver: euler, heun or sde.
@@ -90,6 +96,8 @@ def sample_images(
         raise ElitError(f"num_images and batch_size must be at least 1, not {num_images} and {batch_size}")
     if labels is not None and len(labels) != num_images:
         raise ElitError(f"labels lists {len(labels)} classes for {num_images} images; give one per image")
+    if prompts is not None and (labels is not None or len(prompts) not in (1, num_images)):
+        raise ElitError(f"{len(prompts)} prompts for {num_images} images: give one, or one per image, and no labels")
     chosen = None
     if guidance != "none":
         chosen = Guidance(guidance, guidance_scale, guidance_budget, guidance_interval)
@@ -104,12 +112,16 @@ def sample_images(
         )
     classes, channels = net.config.num_classes, net.config.in_channels
     decoder = None if channels in PIXELS else load_autoencoder(autoencoder, channels)
+    condition = labels or (torch.arange(num_images) % classes if classes else None)
+    if prompts is not None:
+        each = prompts * num_images if len(prompts) == 1 else prompts
+        condition = open_encoder(text_encoder, device)(each)
     record = PngInfo()
     record.add_text("elit", json.dumps(settings, default=str))
     with atomic_file(out) as temporary:  # opened first: a folder that cannot be written is told before the work
         images = sample(
             net,
-            labels or (torch.arange(num_images) % classes if classes else None),
+            condition,
             seeds=range(seed, seed + num_images),
             steps=steps,
             solver=solver,

@@ -1,13 +1,19 @@
 """Text encoders of ``transformers``: prompts to the conditions of text models."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from elit.conditions import Text
+from elit.data.captions import WordVectors
 from elit.errors import ElitError
+
+
+def open_encoder(source: str | Path, device: torch.device | str = "cpu") -> Callable[[Sequence[str]], Text]:
+    """``words`` for :class:`~elit.data.captions.WordVectors`; anything else is a :class:`TextEncoder`."""
+    return WordVectors() if source == "words" else TextEncoder(source, device=device)
 
 
 class TextEncoder:

@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from elit.conditions import Condition, map_condition
+from elit.conditions import Condition, Text, map_condition
 from elit.errors import ElitError
 from elit.interface import LatentInterface, check_budget
 
@@ -100,6 +100,8 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="elit"):
             ElitError: no whole numbers, or a label outside 0..num_classes - 1. The null class is for guidance and
                 training alone.
         """
+        if isinstance(given, Text):
+            raise ElitError("the model is conditioned by labels, not by text")
         try:
             y = torch.as_tensor(given)
         except (TypeError, ValueError) as error:
