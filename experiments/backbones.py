@@ -32,6 +32,7 @@ NAMES = {
     "ELIT-HDiT-S/2": FIELDS | {"inner_depth": 2},
     "ELIT-MMDiT-S/2": FIELDS | {"text_width": 32},
 }
+LEVELS = {"ELIT-HDiT-S/2": replace(RECIPE.elit, max_mask_prob=0.75)}  # multiples of 4
 BUDGETS = (1 / 4, 1.0)
 GUIDANCE = elit.Guidance("cfg", scale=2.0)
 
@@ -62,7 +63,7 @@ def compare(
         data = "captioned-digits" if of_text else "digits"
         config = replace(
             RECIPE, out=str(out / name.replace("/", "-")), data=data, model=ModelChoice(name, NAMES[name]), steps=steps,
-            seed=seed,
+            seed=seed, elit=LEVELS.get(name, RECIPE.elit),
         )  # fmt: skip
         trainer = Trainer(config)
         start = time.perf_counter()

@@ -7,7 +7,7 @@ from elit.data.clips import ClipFolder
 from elit.data.dataset import Data, ImageData
 from elit.data.digits import digits, digits8
 from elit.data.moving import moving_digits
-from elit.data.order import batch_indices
+from elit.data.order import batch_indices, sample_indices
 from elit.errors import ElitError
 
 EMBEDDED: dict[str, Callable[[bool], Data]] = {
@@ -40,4 +40,5 @@ __all__ = [
     "digits8",
     "moving_digits",
     "open_data",
+    "sample_indices",
 ]
