@@ -12,6 +12,11 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
+def to_frames(clips: Tensor) -> list[Image.Image]:
+    """Clips (B, C, T, H, W) as the frames of one video, each a :func:`to_grid` of all clips."""
+    return [to_grid(frame) for frame in clips.unbind(2)]
+
+
 def to_grid(images: Tensor, columns: int | None = None, gap: int = 2, smallest: int = 64) -> Image.Image:
     """Images (B, C, H, W) side by side in rows, small ones enlarged (nearest) to at least ``smallest`` pixels."""
     pixels = to_uint8(images)
