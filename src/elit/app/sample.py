@@ -1,14 +1,21 @@
-"""`elit sample`: images from a model into a PNG."""
+"""`elit sample`: images from a model into one PNG, or any number of them into a folder."""
 
 import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
+from torch import Tensor
 
+from elit.app.bulk import Labels, draw_folder, label_of, weights_hash
 from elit.app.images import to_grid
+from elit.app.processes import this_process
 from elit.atomic import atomic_file
 from elit.data.autoencoder import decode, load_autoencoder
 from elit.errors import ElitError
@@ -17,6 +24,7 @@ from elit.interface import Budget, BudgetByNoise
 from elit.models.files import load
 
 PIXELS = (1, 3)  # channels of models that need no autoencoder
+OTHER_FILES = (".jpg", ".jpeg", ".webp", ".npz", ".zip")  # a name of these is not meant as a folder
 
 
 def parse_budget(text: float | str | None) -> Budget | None:
@@ -40,7 +48,7 @@ def sample_images(
     model: str,
     out: Path = Path("samples.png"),
     num_images: int = 16,
-    labels: list[int] | None = None,
+    labels: Labels = "balanced",
     seed: int = 0,
     steps: int = 40,
     solver: Literal["euler", "heun", "sde"] = "euler",
@@ -52,16 +60,20 @@ def sample_images(
     path: Literal["linear", "cosine"] = "linear",
     weights: Literal["ema", "raw"] = "ema",
     autoencoder: str = "stabilityai/sd-vae-ft-ema",
+    format: Literal["png", "npz", "both"] = "png",
     batch_size: int = 64,
     device: str = "auto",
+    threads: int = 1,
 ) -> Path:
-    """Draw images from a model into one PNG grid.
+    """Draw images from a model into one PNG grid, or any number into a folder.
+
+    A folder that was left unfinished is continued. Start it with torchrun or accelerate launch to use several GPUs.
 
     Args:
         model: a run directory, a saved model, a published .pt file or a Hub id.
-        out: the PNG file to write.
+        out: the .png file of a grid, or a folder.
         num_images: how many.
-        labels: one class per image, such as [3,1,4]; default all classes in turn.
+        labels: balanced (all classes in turn), random, or one class per image, such as [3,1,4].
         seed: image i has the seed SEED + i.
         steps: sampling steps.
         solver: euler, heun or sde.
@@ -74,44 +86,77 @@ def sample_images(
         path: the path that the model was trained on.
         weights: of a run, the moving average or the raw weights.
         autoencoder: a diffusers autoencoder that decodes, for models on latents.
-        batch_size: images at a time.
+        format: what a folder gets: one PNG per image, samples.npz in the layout of the ADM suite, or both.
+        batch_size: images at a time; the images of a folder are exact for one batch size.
         device: auto, cpu, cuda, ...
+        threads: of a process on the CPU, for folders; rather start more processes than more threads.
 
     Raises:
         ElitError: a wrong option, a model that is not there, or an output that cannot be written.
     """
-    settings = {k: v for k, v in locals().items() if k not in ("out", "device", "batch_size")}
+    settings = {k: v for k, v in locals().items() if k not in ("out", "format", "device", "batch_size", "threads")}
     out = Path(out)
-    if out.suffix.lower() != ".png":
-        raise ElitError(f"out is {out}; it must be a .png file")
+    single = out.suffix.lower() == ".png"
+    if out.suffix.lower() in OTHER_FILES or (out.is_file() and not single):
+        raise ElitError(f"out is {out}; it must be a .png file, or a folder")
     if num_images < 1 or batch_size < 1:
         raise ElitError(f"num_images and batch_size must be at least 1, not {num_images} and {batch_size}")
-    if labels is not None and len(labels) != num_images:
+    if isinstance(labels, list) and len(labels) != num_images:
         raise ElitError(f"labels lists {len(labels)} classes for {num_images} images; give one per image")
     chosen = None
     if guidance != "none":
         chosen = Guidance(guidance, guidance_scale, guidance_budget, guidance_interval)
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    net = load(model, weights=weights, device=device)
+    process = None if single else this_process(device, threads)
+    net = load(model, weights=weights, device=process.device if process else _grid_device(device))
     classes, channels = net.config.num_classes, net.config.in_channels
     decoder = None if channels in PIXELS else load_autoencoder(autoencoder, channels)
-    record = PngInfo()
-    record.add_text("elit", json.dumps(settings, default=str))
-    with atomic_file(out) as temporary:  # opened first: a folder that cannot be written is told before the work
+    if isinstance(labels, list) and classes:
+        net.check_labels(torch.tensor(labels))  # all of them, before the first is drawn
+
+    def labels_of(indices: Sequence[int]) -> list[int] | None:
+        return [label_of(i, labels, classes, seed) for i in indices] if classes else None
+
+    def draw(indices: Sequence[int], progress: bool = False) -> Tensor:
         images = sample(
             net,
-            labels or (torch.arange(num_images) % classes if classes else None),
-            seeds=range(seed, seed + num_images),
+            labels_of(indices),
+            seeds=[seed + i for i in indices],
             steps=steps,
             solver=solver,
             budget=parse_budget(budget),
             guidance=chosen,
             path=path,
             batch_size=batch_size,
-            progress=True,
+            progress=progress,
         )
-        to_grid(images if decoder is None else decode(images, decoder)).save(temporary, pnginfo=record)
-    Console(soft_wrap=True, highlight=False).print(f"{num_images} images in {out}")
+        return images if decoder is None else decode(images, decoder)
+
+    console = Console(soft_wrap=True, highlight=False)
+    if process is None:
+        _write_grid(out, settings, partial(draw, range(num_images), progress=True))
+        console.print(f"{num_images} images in {out}")
+        return out
+    settings |= {"batch_size": batch_size, "model_weights": weights_hash(net, decoder), "model_dtype": str(net.dtype)}
+    settings |= {"device": _device_name(process.device), "threads": threads, "torch": torch.__version__}
+    settings |= {"guidance": asdict(chosen) if chosen else "none"}
+    settings = {k: v for k, v in settings.items() if not k.startswith("guidance_")}
+    if draw_folder(out, json.loads(json.dumps(settings, default=str)), draw, labels_of, format, process):
+        console.print(f"{num_images} images in {out}")
     return out
+
+
+def _write_grid(out: Path, settings: dict[str, Any], draw: Callable[[], Tensor]) -> None:
+    record = PngInfo()
+    record.add_text("elit", json.dumps(settings, default=str))
+    with atomic_file(out) as temporary:  # opened first: a folder that cannot be written is told before the work
+        to_grid(draw()).save(temporary, pnginfo=record)
+
+
+def _grid_device(device: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def _device_name(device: torch.device) -> str:
+    """What decides the rounding of kernels."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
