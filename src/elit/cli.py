@@ -7,12 +7,14 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from elit import __version__
 from elit.app.convert import convert_model
+from elit.app.evaluate import evaluate, evaluate_compare, evaluate_reference
 from elit.app.info import info
 from elit.app.quickstart import quickstart
 from elit.app.sample import sample_images
@@ -24,11 +26,14 @@ VERBS: dict[str, Callable[..., object]] = {
     "quickstart": quickstart,
     "train": train,
     "sample": sample_images,
+    "evaluate": evaluate,
+    "evaluate-reference": evaluate_reference,
+    "evaluate-compare": evaluate_compare,
     "info": info,
     "convert": convert_model,
 }
 
-POSITIONAL = ("info", "convert")  # verbs whose required options need no name
+POSITIONAL = ("info", "convert", "evaluate-reference")  # verbs whose required options need no name
 
 
 class Parser(ArgumentParser):
@@ -57,6 +62,8 @@ def make_parser() -> Parser:
         verb.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below.")
         if function is train:
             verb.add_class_arguments(TrainConfig, as_group=False)
+        elif function is evaluate_compare:
+            verb.add_argument("results", type=Path, nargs="+", help="Files of elit evaluate, at least two.")
         else:
             verb.add_function_arguments(function, as_group=False, as_positional=name in POSITIONAL)
         verbs.add_subcommand(name, verb, help=summary)
@@ -68,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [_with_underscores(a) for a in (sys.argv[1:] if argv is None else argv)]
     debug = "--debug" in arguments  # wherever it stands
     arguments = [a for a in arguments if a != "--debug"]
+    if "-".join(arguments[:2]) in VERBS:  # elit evaluate compare: a verb of two words
+        arguments[:2] = ["-".join(arguments[:2])]
     logging.basicConfig(format="%(message)s")
     logging.getLogger("elit").setLevel(logging.INFO)  # which model was found where
     try:

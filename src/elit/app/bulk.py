@@ -5,7 +5,6 @@ are wanted. So an image always meets the same kernels at the same place of the s
 on who draws it, when, or after which interruption. The batch size is therefore one of the settings of a folder.
 """
 
-import hashlib
 import io
 import json
 import zipfile
@@ -14,10 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from elit.app.processes import Process, alone_in
@@ -39,16 +37,6 @@ def label_of(index: int, labels: Labels, num_classes: int, seed: int) -> int:
     if labels == "random":
         return derive_seed(seed, "label", index) % num_classes
     return int(labels[index % len(labels)])
-
-
-def weights_hash(*modules: nn.Module | None) -> str:
-    """SHA-256 of the names and values of all weights, 16 digits."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, value in (module.state_dict() if module is not None else {}).items():
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:

@@ -13,11 +13,12 @@ from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from torch import Tensor
 
-from elit.app.bulk import Labels, draw_folder, label_of, weights_hash
+from elit.app.bulk import Labels, draw_folder, label_of
 from elit.app.images import to_grid
 from elit.app.processes import this_process
 from elit.atomic import atomic_file
 from elit.data.autoencoder import decode, load_autoencoder
+from elit.digest import weights_digest
 from elit.errors import ElitError
 from elit.flow import Guidance, sample
 from elit.interface import Budget, BudgetByNoise
@@ -137,7 +138,7 @@ def sample_images(
         _write_grid(out, settings, partial(draw, range(num_images), progress=True))
         console.print(f"{num_images} images in {out}")
         return out
-    settings |= {"batch_size": batch_size, "model_weights": weights_hash(net, decoder), "model_dtype": str(net.dtype)}
+    settings |= {"batch_size": batch_size, "model_weights": weights_digest(net, decoder), "model_dtype": str(net.dtype)}
     settings |= {"device": _device_name(process.device), "threads": threads, "torch": torch.__version__}
     settings |= {"guidance": asdict(chosen) if chosen else "none"}
     settings = {k: v for k, v in settings.items() if not k.startswith("guidance_")}
