@@ -151,10 +151,10 @@ def _read_result(path: Path) -> dict[str, Any]:
 
 def _print_table(results: list[dict[str, Any]], names: list[str]) -> None:
     titles = list(dict.fromkeys(title for result in results for title in result["scores"]))
-    table = Table("", *titles)
-    for name, result in zip(names, results, strict=True):
-        scores = result["scores"]
-        table.add_row(name, *(f"{scores[t]:.{DIGITS}g}" if t in scores else "-" for t in titles))
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table("", *names)
+    for title in titles:
+        scores = [result["scores"].get(title) for result in results]
+        table.add_row(title, *("-" if value is None else f"{value:.{DIGITS}g}" for value in scores))
+    for column in table.columns:
+        column.overflow = "fold"
     Console(soft_wrap=True, highlight=False).print(table)

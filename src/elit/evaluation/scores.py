@@ -96,7 +96,10 @@ def _check_protocol(path: Path, found: dict[str, np.ndarray], extractor: Extract
         if extractor.name != "inception" and "mu" in found:
             raise ElitError(f"{path} does not say of which features it is, so it is taken for Inception's only")
         return {}
-    saved = json.loads(str(found["protocol"]))
+    try:
+        saved: dict[str, Any] = dict(json.loads(str(found["protocol"])))
+    except (ValueError, TypeError) as error:
+        raise ElitError(f"{path} has a damaged protocol; write it again with elit evaluate reference") from error
     for key, value in extractor.protocol().items():
         if saved.get(key) != value:
             raise ElitError(f"{path} holds statistics with {key} {saved.get(key)!r}, not {value!r}")
