@@ -145,7 +145,7 @@ def _archived(folder: Path) -> int:
         with zipfile.ZipFile(folder / ARCHIVE) as archive, archive.open("arr_0.npy") as member:
             np.lib.format.read_magic(member)
             return int(np.lib.format.read_array_header_1_0(member)[0][0])
-    except FileNotFoundError:
+    except (FileNotFoundError, zipfile.BadZipFile, KeyError, ValueError):  # a damaged one is written again
         return 0
 
 
