@@ -1,19 +1,28 @@
-"""The small run that the tests of training share."""
+"""The small run that the tests of training share, as a configuration and as a command."""
 
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
+from subprocess import Popen
+from typing import Any
 
-from elit.training import ModelChoice, OptimizerConfig, TrainConfig
+from safetensors.torch import load_file
+
+from elit.training import ElasticConfig, ModelChoice, OptimizerConfig, TrainConfig
 
 STEPS = 60
-FIELDS = {"width": 32, "depth": 3, "num_heads": 2, "head_depth": 1, "tail_depth": 1, "patch_size": 1, "group_size": 4}
+FIELDS = {"width": 32, "depth": 3, "num_heads": 2, "head_depth": 1, "tail_depth": 1, "patch_size": 1}
+ALL_BUDGETS = ElasticConfig(group_size=4, min_mask_prob=0.0, max_mask_prob=0.9375)
 
 
 def config(out: Path, **changes: object) -> TrainConfig:
     settings: dict[str, object] = {
         "data": "digits8",
         "model": ModelChoice("ELIT-DiT-S/1", FIELDS),
+        "elit": ALL_BUDGETS,
         "optimizer": OptimizerConfig("muon", lr=1e-3, warmup_steps=5, decay="linear"),
         "steps": STEPS,
         "batch_size": 16,
@@ -24,12 +33,51 @@ def config(out: Path, **changes: object) -> TrainConfig:
     return TrainConfig(out=str(out), **(settings | changes))  # type: ignore[arg-type]
 
 
-def arguments(out: Path) -> list[str]:
+def launch(processes: int) -> list[str]:
+    """The command on some processes."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    return [sys.executable, *(torchrun if processes > 1 else ()), "-m", "elit"]
+
+
+def arguments(out: Path, processes: int = 1) -> list[str]:
     fields = json.dumps(FIELDS)
     return [
-        *(sys.executable, "-m", "elit", "train", "--out", str(out), "--data", "digits8"),
+        *(*launch(processes), "train", "--out", str(out), "--data", "digits8"),
         *("--model.name", "ELIT-DiT-S/1", "--model.fields", fields),
+        *("--elit.group-size", "4", "--elit.min-mask-prob", "0.0", "--elit.max-mask-prob", "0.9375"),
         *("--optimizer.name", "muon", "--optimizer.lr", "1e-3", "--optimizer.warmup-steps", "5"),
         *("--optimizer.decay", "linear", "--steps", str(STEPS), "--batch-size", "16", "--log-every", "1"),
         *("--checkpoint-every", "10", "--ema-decay", "0.9"),
     ]
+
+
+def contents(run: Path, steps: int = STEPS) -> dict[str, object]:
+    """Everything that must agree: weights, average, optimizer state, and the log."""
+    last = run / "checkpoints" / f"step-{steps:08d}"
+    found: dict[str, object] = {"log": (run / "log.jsonl").read_text()}
+    for name in ("model", "training"):
+        for key, value in load_file(last / f"{name}.safetensors").items():
+            found[f"{name}/{key}"] = value.numpy().tobytes()
+    return found
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def wait_for_line(log: Path, line: int, process: Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.exists() and log.read_text().count("\n") >= line:
+            return
+        time.sleep(0.005)
+
+
+def kill(process: Popen[bytes], workers: int | None = None) -> None:
+    """Kill -9: the process and its children, or of a launcher's children the last ones, which ends the others too."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children if workers is None else children[-workers:]:
+        os.kill(int(child), signal.SIGKILL)
+    if workers is None:
+        process.kill()
+    process.wait(timeout=120)

@@ -1,26 +1,14 @@
 """A run that is killed ends where it would have ended."""
 
-import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
-from runs import STEPS, arguments, config
-from safetensors.torch import load_file
 
-from elit.training import Trainer
-
-
-def contents(run: Path) -> dict[str, object]:
-    """Everything that must agree: weights, average, optimizer state, and the log."""
-    last = run / "checkpoints" / f"step-{STEPS:08d}"
-    found: dict[str, object] = {"log": (run / "log.jsonl").read_text()}
-    for name in ("model", "training"):
-        for key, value in load_file(last / f"{name}.safetensors").items():
-            found[f"{name}/{key}"] = value.numpy().tobytes()
-    return found
+from elit import ElitError
+from elit.training import Trainer, state
+from runs import STEPS, arguments, config, contents, kill, wait_for_line
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +16,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]
     run = tmp_path_factory.mktemp("whole") / "run"
     subprocess.run(arguments(run), check=True, capture_output=True)
     return contents(run)
-
-
-def wait_for_line(log: Path, line: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if log.exists() and log.read_text().count("\n") >= line:
-            return
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("kills", [(13,), (10, 31, 49)])
@@ -46,8 +26,7 @@ def test_killed_run_ends_bit_identical(
     for line in kills:
         process = subprocess.Popen(arguments(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for_line(run / "log.jsonl", line, process)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        kill(process)
     assert not (run / "checkpoints" / f"step-{STEPS:08d}").exists()
     subprocess.run(arguments(run), check=True, capture_output=True)
     assert contents(run) == uninterrupted
@@ -74,3 +53,41 @@ def test_a_loop_left_early_continues(tmp_path: Path, uninterrupted: dict[str, ob
             break
     Trainer(config(run)).run_to_end()
     assert contents(run) == uninterrupted
+
+
+def test_a_later_run_starts_from_another(tmp_path: Path, uninterrupted: dict[str, object]) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for report in Trainer(config(first, keep_checkpoints=9)):
+        if report.step == 30:
+            break
+    Trainer(config(second, resume=str(first / "checkpoints/step-00000020"))).run_to_end()
+    assert {k: v for k, v in contents(second).items() if k != "log"} == {
+        k: v for k, v in uninterrupted.items() if k != "log"
+    }
+    with pytest.raises(ElitError, match="is already at step-00000030; remove what follows to go back"):
+        Trainer(config(first, resume=str(first / "checkpoints/step-00000020"))).run_to_end()
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "."])
+def test_a_wrong_path_is_no_silent_restart(tmp_path: Path, wrong: str) -> None:
+    resume = str(tmp_path / wrong)
+    with pytest.raises(ElitError, match="which is neither a checkpoint"):
+        Trainer(config(tmp_path / "run", resume=resume)).run_to_end()
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The previous checkpoint survives, the message says so, and the same command goes on."""
+    run = tmp_path / "run"
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(ElitError) as caught:
+        for report in Trainer(config(run)):
+            if report.step == 10:
+                patch.setattr(state, "write_tensors", full)
+    assert "No space left on device; the last checkpoint" in str(caught.value)
+    assert "step-00000010, is whole: make room and run the same command again" in str(caught.value)
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-00000010"]
+    assert [report.step for report in Trainer(config(run, steps=12))] == [11, 12]

@@ -30,9 +30,9 @@ from elit.evaluation import (
 )
 from elit.flow import Guidance, sample
 from elit.models import Model
-from elit.models.files import load
+from elit.models.files import checkpoints, load
 from elit.seeding import generator
-from elit.training import ModelChoice, OptimizerConfig, TrainConfig, Trainer
+from elit.training import ElasticConfig, ModelChoice, OptimizerConfig, TrainConfig, Trainer
 
 BUDGETS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 GUIDANCE: dict[str, Guidance | None] = {
@@ -58,11 +58,11 @@ RECIPE = TrainConfig(
             "num_heads": 4,
             "head_depth": 1,
             "tail_depth": 1,
-            "group_size": 4,
             "label_std": 1.0,
             "positions": "sincos",
         },
     ),
+    elit=ElasticConfig(group_size=4, min_mask_prob=0.0, max_mask_prob=0.9375),
     optimizer=OptimizerConfig(
         "muon",
         lr=2e-3,
@@ -250,11 +250,11 @@ def quickstart(out: Path = Path("runs/quickstart"), minutes: float | None = None
         f"[bold]1/3[/bold] training {count_parameters(trainer.model) / 1e6:.2f} M parameters on {len(train):,} images "
         "of handwritten digits, a random number of latents at every step"
     )
-    start = time.perf_counter()
+    continued, start = bool(checkpoints(config.out)), time.perf_counter()
     show_progress(trainer)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    seconds = time.perf_counter() - start
+    seconds = None if continued else time.perf_counter() - start  # what an earlier call spent is not known
     model = load(config.out)
 
     console.print("[bold]2/3[/bold] measuring cost, held-out loss, sample quality, copying and attention")

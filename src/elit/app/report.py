@@ -209,6 +209,7 @@ def page(out: Path, results: dict[str, Any]) -> str:
 
     training, environment, protocol = results["training"], results["environment"], results["protocol"]
     config = training["config"]
+    time = f" in {training['seconds'] / 60:.1f} minutes" if training["seconds"] else ""
     grids = "".join(figure(f"samples-{name}", f"samples, {long}") for name, long in GUIDANCE_NAMES.items())
     paragraphs = "".join(f"<p>{text}</p>" for text in reading(results))
     return f"""<!doctype html>
@@ -216,7 +217,7 @@ def page(out: Path, results: dict[str, Any]) -> str:
 <style>{STYLE}</style>
 <h1>One set of weights, many budgets</h1>
 <p class="lead">An elastic diffusion transformer with {training["parameters"] / 1e6:.2f} M parameters, trained on real
-handwritten digits for {config["steps"]:,} steps in {training["seconds"] / 60:.1f} minutes. Each column below is the
+handwritten digits for {config["steps"]:,} steps{time}. Each column below is the
 same model and the same noise; only the fraction of latents in use differs.</p>
 <div class="row grids">{grids}</div>
 <h2>An honest reading</h2>{paragraphs}

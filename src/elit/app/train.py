@@ -1,11 +1,19 @@
-"""`elit train`: the trainer with a progress bar."""
+"""`elit train`: the trainer with a progress bar and pictures on the way."""
 
 import sys
+from pathlib import Path
 
+import numpy as np
+import torch
 from rich.console import Console
 from tqdm import tqdm
 
 from elit.analysis import count_parameters
+from elit.app.images import to_grid
+from elit.atomic import atomic_file
+from elit.data.autoencoder import decode, load_autoencoder
+from elit.flow import sample
+from elit.models import Model
 from elit.training import TrainConfig, Trainer
 
 
@@ -15,12 +23,9 @@ def train(config: TrainConfig) -> Trainer:
     Raises:
         ElitError: see :class:`Trainer`.
     """
-    console = Console(soft_wrap=True, highlight=False)
     trainer = Trainer(config)
-    console.print(
-        f"{config.model.name}, {count_parameters(trainer.model) / 1e6:.2f} M parameters, on "
-        f"{len(trainer.data):,} images of {config.data}, {trainer.accelerator.device}"
-    )
+    console = Console(soft_wrap=True, highlight=False, quiet=not trainer.is_main)
+    console.print(describe(trainer))
     show_progress(trainer)
     if trainer.interrupted:
         console.print(f"stopped after step {trainer.step}; run the same command to continue")
@@ -29,15 +34,72 @@ def train(config: TrainConfig) -> Trainer:
     return trainer
 
 
+def describe(trainer: Trainer) -> str:
+    """What is about to be trained, in one line."""
+    config, levels, accelerator = trainer.config, trainer.levels.levels, trainer.accelerator
+    budgets = ""
+    if levels:
+        span = f"{levels[0]} to {levels[-1]}" if len(levels) > 1 else f"{levels[0]}"
+        budgets = f", {span} of {trainer.model.num_latents} latents a window"
+    processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    return (
+        f"{config.model.name}, {count_parameters(trainer.model) / 1e6:.2f} M parameters{budgets}, on "
+        f"{len(trainer.data):,} images of {config.data}, {accelerator.device}{processes}"
+    )
+
+
 def show_progress(trainer: Trainer) -> None:
-    """Runs a trainer to its end behind a bar with the loss and the time left."""
+    """Runs a trainer to its end behind a bar with loss, speed and the time left, drawing samples where it asks."""
     smooth = 0.0
-    with tqdm(total=trainer.config.steps, desc="training", unit="step", dynamic_ncols=True) as bar:
+    total = trainer.config.steps
+    with tqdm(total=total, desc="training", unit="step", dynamic_ncols=True, disable=not trainer.is_main) as bar:
         for report in trainer:
             if not smooth:
                 bar.initial = bar.n = report.step - 1  # a continued run: time left counts from here
                 smooth = report.loss
             smooth = 0.98 * smooth + 0.02 * report.loss
             bar.update()
-            skipped = {"skipped": report.skipped} if report.skipped else {}
-            bar.set_postfix({"loss": f"{smooth:.4f}", **skipped}, refresh=False)
+            shown = {"loss": f"{smooth:.4f}"}
+            if report.skipped:
+                shown["skipped"] = str(report.skipped)
+            if trainer.last_speed is not None:
+                shown["images/s"] = f"{trainer.last_speed.images_per_second:.0f}"
+                if trainer.last_speed.mfu is not None:
+                    shown["MFU"] = f"{trainer.last_speed.mfu:.0%}"
+            bar.set_postfix(shown, refresh=False)
+            if trainer.is_main and trainer.validation.due(report.step) and trainer.config.validation.images:
+                draw_samples(trainer)
+
+
+def draw_samples(trainer: Trainer) -> Path:
+    """Writes ``samples/step-….png`` of the averaged weights: a row for each budget, the same seeds in all of them.
+
+    Raises:
+        ElitError: the picture cannot be written, or the autoencoder is missing.
+    """
+    config, model = trainer.config, trainer.ema.module
+    assert isinstance(model, Model)
+    wanted, classes = config.validation, model.config.num_classes
+    labels = [i % classes for i in range(wanted.images)] if classes else None
+    rows = [
+        sample(
+            model,
+            labels,
+            seeds=list(range(wanted.images)),
+            steps=wanted.sampling_steps,
+            budget=budget,
+            path=config.path,
+        )
+        for budget in trainer.validation.budgets
+    ]
+    images = torch.cat(rows)
+    if wanted.autoencoder is not None:
+        images = decode(images, load_autoencoder(wanted.autoencoder, images.shape[1]))
+    picture = to_grid(images[:, :3] if images.shape[1] > 3 else images, columns=wanted.images)
+    out = trainer.run / "samples" / f"step-{trainer.step:08d}.png"
+    with atomic_file(out) as temporary:
+        picture.save(temporary)
+    for tracker in trainer.accelerator.trackers:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"samples": np.asarray(picture.convert("RGB"))[None]}, step=trainer.step, **layout)
+    return out

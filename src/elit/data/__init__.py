@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from elit.data.dataset import Data, ImageData
 from elit.data.digits import digits, digits8
-from elit.data.order import batch_indices
+from elit.data.order import batch_indices, sample_indices
 from elit.errors import ElitError
 
 EMBEDDED: dict[str, Callable[[bool], ImageData]] = {"digits": digits, "digits8": digits8}
@@ -21,4 +21,4 @@ def open_data(name: str, held_out: bool = False) -> Data:
     return EMBEDDED[name](held_out)
 
 
-__all__ = ["EMBEDDED", "Data", "ImageData", "batch_indices", "digits", "digits8", "open_data"]
+__all__ = ["EMBEDDED", "Data", "ImageData", "batch_indices", "digits", "digits8", "open_data", "sample_indices"]

@@ -15,11 +15,16 @@ def permutation(seed: int, epoch: int, length: int) -> Tensor:
 
 
 def batch_indices(seed: int, step: int, batch_size: int, length: int) -> Tensor:
-    """Indices (batch_size,) of one training step.
+    """Indices (batch_size,) of one training step, where all steps have the same batch size."""
+    return sample_indices(seed, step * batch_size, batch_size, length)
+
+
+def sample_indices(seed: int, start: int, count: int, length: int) -> Tensor:
+    """Indices (count,) of the samples that training sees after ``start`` others.
 
     Epochs follow each other without a gap: a batch may end one and begin the next.
     """
-    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
+    positions = torch.arange(start, start + count)
     epochs, places = positions // length, positions % length
     parts = [permutation(seed, int(epoch), length)[places[epochs == epoch]] for epoch in epochs.unique()]
     return torch.cat(parts)

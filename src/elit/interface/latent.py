@@ -210,7 +210,8 @@ class LatentInterface(nn.Module):
         native = grid == self.grid
         cos, sin = self.core_table() if native else rotary(self.positions(grid, device), self.head_dim, self.rope_theta)
         by_window = (grid.num_windows, self.num_latents, -1)
-        return Rotary(cos.view(by_window)[:, :level].flatten(0, 1), sin.view(by_window)[:, :level].flatten(0, 1))
+        # contiguous: the same layout at every level, also where flatten is a view, so that blocks compile once
+        return Rotary(*(table.view(by_window)[:, :level].flatten(0, 1).contiguous() for table in (cos, sin)))
 
     def positions(self, grid: TokenGrid, device: torch.device | None = None) -> Tensor:
         """Coordinates (G * J, A) of all latents: index in window, then those of the window."""

@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from elit.flow.pyramid import StageDensity
 from elit.flow.times import TimeDensity
+from elit.interface import BudgetByNoise
 
 
 @dataclass
@@ -51,23 +53,78 @@ class OptimizerConfig:
 
 
 @dataclass
+class ElasticConfig:
+    """The budgets of training. With nothing given, an elastic model trains at full budget alone.
+
+    Attributes:
+        group_size: side of a window in tokens; the model's own unless given.
+        min_mask_prob: smallest fraction of a window's J latents that is dropped; p keeps (1 - p) J.
+        max_mask_prob: largest. Each step draws one of the levels in between, uniformly, for all samples and processes.
+            Equal to the smallest, or without it: that one budget alone.
+        levels: instead, the numbers of latents to draw from.
+        weights: of the levels, the smallest first; they are scaled to sum to 1.
+        by_noise: instead, the budget of each sample by its noise level: ``{thresholds: [0.5], budgets: [0.25, 1]}`` is
+            a quarter of the latents while t > 0.5 and all below.
+        batching: constant, or scaled: batch_size is that of full budget, and a step with fewer latents takes as many
+            more samples as its forward costs less, so that every step has the same FLOPs.
+    """
+
+    group_size: int | None = None
+    min_mask_prob: float | None = None
+    max_mask_prob: float | None = None
+    levels: list[int] | None = None
+    weights: list[float] | None = None
+    by_noise: BudgetByNoise | None = None
+    batching: Literal["constant", "scaled"] = "constant"
+
+
+@dataclass
+class ValidationConfig:
+    """What a run shows of its averaged weights while it trains.
+
+    Attributes:
+        every: steps between validations; 0 is none.
+        budgets: of the held-out loss and of the rows of the sample grid; a plain model has the full one alone.
+        samples: held-out samples that are looked at, the first ones.
+        images: samples per budget in the grid; 0 is no grid.
+        sampling_steps: of the grid.
+        autoencoder: diffusers autoencoder that decodes the grid of a model on latents: a folder or a Hub id.
+    """
+
+    every: int = 0
+    budgets: list[float] = field(default_factory=lambda: [0.0625, 0.25, 0.5, 1.0])
+    samples: int = 1024
+    images: int = 8
+    sampling_steps: int = 20
+    autoencoder: str | None = None
+
+
+@dataclass
 class TrainConfig:
     """A training run.
 
     Attributes:
         out: the run directory; a run found there is continued.
-        data: name of the data set: digits or digits8.
+        resume: a run or checkpoint to start from where ``out`` has no checkpoint of its own yet.
+        data: name of the data set, or where it lies.
         model: what to train.
+        elit: at which budgets.
         optimizer: how.
         steps: number of steps.
         batch_size: samples per step, over all processes.
+        micro_batch_size: most samples in one forward of a process; gradients of the micro-batches are accumulated.
         seed: of weights, data order, noise, times and budgets.
         path: linear or cosine.
         times: density of the training times.
+        stages: of a multi-scale model (DFM), instead: which stages are active, and their times.
         label_dropout: fraction of labels replaced by the null class, for guidance.
-        multi_budget: draw the number of latents per step; otherwise train at full budget.
         ema_decay: of the moving average of the weights; step i uses at most (1 + i) / (10 + i).
-        precision: auto is bf16 on a GPU and fp32 elsewhere.
+        precision: auto is bf16 on a GPU and fp32 elsewhere. Weights and optimizer state are fp32 always.
+        compile: compile the blocks: one compilation for all blocks and budgets.
+        checkpoint_activations: keep the inputs of blocks only and compute the rest again: less memory, a third more
+            FLOPs.
+        validation: loss and samples on the way.
+        trackers: where the log goes, beside log.jsonl.
         log_every: steps between lines of the log.
         checkpoint_every: steps between checkpoints; the last step always makes one.
         keep_checkpoints: older ones are removed.
@@ -75,18 +132,25 @@ class TrainConfig:
     """
 
     out: str = "runs/train"
+    resume: str | None = None
     data: str = "digits"
     model: ModelChoice = field(default_factory=ModelChoice)
+    elit: ElasticConfig = field(default_factory=ElasticConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     steps: int = 500_000
     batch_size: int = 256
+    micro_batch_size: int | None = None
     seed: int = 0
     path: Literal["linear", "cosine"] = "linear"
     times: TimeDensity = field(default_factory=TimeDensity)
+    stages: StageDensity = field(default_factory=StageDensity)
     label_dropout: float = 0.1
-    multi_budget: bool = True
     ema_decay: float = 0.9999
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool = False
+    checkpoint_activations: bool = False
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
     log_every: int = 50
     checkpoint_every: int = 5_000
     keep_checkpoints: int = 2

@@ -32,7 +32,7 @@ def make_optimizers(model: Model, config: OptimizerConfig) -> dict[str, Optimize
     parameters = dict(model.named_parameters())
     groups = {kind: [parameters[name] for name in names] for kind, names in named_groups(model, config).items()}
     optimizers: dict[str, Optimizer] = {
-        "adamw": AdamW(groups["adamw"], lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+        "adamw": AdamW(groups["adamw"], lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
     }
     if "muon" in groups:
         optimizers["muon"] = Muon(

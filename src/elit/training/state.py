@@ -5,12 +5,14 @@
     run/
       config.yaml                    what was asked for
       log.jsonl                      one line per logged step
+      speed.jsonl                    how fast it was, likewise
+      samples/                       grids, where asked for
       tensorboard/
       checkpoints/step-00001000/     whole or absent
         config.json                  the model, and
         model.safetensors            its averaged weights: the folder loads as it is
         training.safetensors         raw weights (raw.*) and optimizer state (adamw.*, muon.*)
-        training.json                step, versions, commit
+        training.json                step, samples seen, scale of fp16, versions, commit
 
 All randomness of training is a function of (seed, step), so this is all there is to restore.
 """
@@ -45,7 +47,10 @@ from elit.models.files import (
 )
 
 RECORD = "training.json"
-GROWING = {"out", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped"}
+GROWING = {
+    *("out", "resume", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "validation"),
+    *("trackers", "micro_batch_size", "compile", "checkpoint_activations"),
+}
 """Settings that a continued run may change."""
 
 
@@ -89,12 +94,17 @@ def save_checkpoint(
     for kind, optimizer in optimizers.items():
         tensors |= optimizer_tensors(kind, optimizer, groups[kind])
     record = {"step": step, "averaged": int(ema.n_averaged), **extra, **versions()}
-    with atomic_folder(target) as folder:
-        averaged = ema.module
-        assert isinstance(averaged, Model)
-        save_model(averaged, folder)
-        write_tensors(folder / TRAINING, tensors)
-        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    averaged = ema.module
+    assert isinstance(averaged, Model)
+    try:
+        with atomic_folder(target) as folder:
+            save_model(averaged, folder)
+            write_tensors(folder / TRAINING, tensors)
+            (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    except ElitError as error:
+        before = latest(run)
+        safe = f"the last checkpoint, {before}, is whole" if before else "there is no checkpoint yet"
+        raise ElitError(f"{error}; {safe}: make room and run the same command again") from error
     for old in checkpoints(run)[: -max(1, keep)]:
         shutil.rmtree(old)
     return target
@@ -195,6 +205,24 @@ def locked(run: Path) -> Iterator[None]:
         except OSError as error:
             raise ElitError(f"another process is training in {run}; wait for it or choose another out") from error
         yield
+
+
+def to_continue(run: Path, resume: str | None) -> Path | None:
+    """The checkpoint that training starts from: the run's own latest, else that of ``resume`` (a run or a checkpoint).
+
+    Raises:
+        ElitError: ``resume`` is neither, or an earlier checkpoint of this very run.
+    """
+    own = latest(run)
+    if resume is None:
+        return own
+    given = Path(resume)
+    wanted = given if (given / RECORD).is_file() else latest(given)
+    if wanted is None:
+        raise ElitError(f"resume is {resume}, which is neither a checkpoint (step-...) nor a run that has one")
+    if own is not None and wanted.resolve() != own.resolve() and wanted.resolve().parent == own.resolve().parent:
+        raise ElitError(f"resume is {resume}, but {run} is already at {own.name}; remove what follows to go back")
+    return own or wanted
 
 
 def latest(run: Path) -> Path | None:

@@ -1,31 +1,40 @@
-"""The trainer: an iterable of steps.
+"""The trainer: an iterable of steps, on one process or many.
 
-Everything random in a step (data order, noise, times, dropped labels, budget) is a function of (seed, step). A run that
-is killed therefore goes on from its last checkpoint to the very bits that it would have reached.
+Everything random in a step (data order, noise, times, dropped labels, budget) is a function of (seed, step) and of the
+place in the global batch. A run that is killed therefore goes on from its last checkpoint to the very bits that it
+would have reached, and processes agree without talking: what they exchange are gradients, losses and whether to stop.
 """
 
+import importlib.util
 import json
+import math
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from elit.data import Data, batch_indices, open_data
+from elit.data import Data, open_data, sample_indices
 from elit.errors import ElitError
-from elit.flow import flow_matching_loss, path_named
-from elit.interface import draw_level
+from elit.flow import path_named
+from elit.layers import Block
 from elit.models import Model, create
-from elit.seeding import derive_seed, generator
+from elit.seeding import derive_seed
 from elit.training import state
+from elit.training.batch import Draws, draw, losses, micro_batches, share
+from elit.training.budgets import scaled_batch_size, training_levels
 from elit.training.config import TrainConfig
 from elit.training.optim import lr_factor, make_ema, make_optimizers, named_groups, set_lr
+from elit.training.speed import Speed, Speedometer, peak_flops
+from elit.training.validation import Validation
 
 
 class StepReport(NamedTuple):
@@ -36,7 +45,8 @@ class StepReport(NamedTuple):
         loss: mean flow-matching loss of the batch.
         grad_norm: before clipping.
         lr: learning rate of AdamW.
-        num_latents: J~ of the step; 0 without an interface.
+        num_latents: J~ of the step, the mean where samples differ; 0 without an interface.
+        batch_size: samples of the step, over all processes.
         skipped: steps so far whose loss or gradient was not finite, and which changed nothing.
     """
 
@@ -44,7 +54,8 @@ class StepReport(NamedTuple):
     loss: float
     grad_norm: float
     lr: float
-    num_latents: int
+    num_latents: float
+    batch_size: int
     skipped: int
 
 
@@ -56,6 +67,10 @@ def build_model(config: TrainConfig, data: Data) -> Model:
     """
     channels, *size = data.shape
     fitted: dict[str, Any] = {"in_channels": channels, "num_classes": data.num_classes, "input_size": tuple(size)}
+    if config.elit.group_size is not None:
+        if "group_size" in config.model.fields:
+            raise ElitError("group_size is given twice, in elit and in model.fields; leave one out")
+        fitted["group_size"] = config.elit.group_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "weights"))
         return create(config.model.name, **(fitted | config.model.fields))
@@ -65,48 +80,62 @@ class Trainer:
     """Trains a model as a configuration says, continuing the run directory's last checkpoint.
 
     ``for report in trainer: ...`` does one step per turn; leaving the loop early leaves a run that can be continued.
+    Under ``accelerate launch`` or ``torchrun`` every process does the same with its share of each batch, and the main
+    one alone writes; they need to see the same run directory.
 
     Args:
         config: the run.
         data: instead of the data set that the configuration names.
+        held_out: likewise, for the validation.
 
     Attributes:
         model: the raw weights, unwrapped.
         ema: their moving average (``ema.module`` is a model).
         step: number of steps done.
+        levels: the numbers of latents that training uses.
+        last_speed: images per second and FLOP utilisation up to the last line of the log.
 
     Raises:
         ElitError: a setting that does not fit, or a run directory that cannot be used.
     """
 
-    def __init__(self, config: TrainConfig, data: Data | None = None) -> None:
+    def __init__(self, config: TrainConfig, data: Data | None = None, held_out: Data | None = None) -> None:
         check(config)
-        accelerate = _import_accelerate()
         self.config = config
         self.run = Path(config.out)
         self.data = open_data(config.data) if data is None else data
         self.path = path_named(config.path)
-        self.accelerator = accelerate.Accelerator(
-            mixed_precision=_precision(config), log_with="tensorboard", project_dir=str(self.run)
-        )
         self.model = build_model(config, self.data)
+        self.levels = training_levels(config.elit, self.model)
+        self.validation = Validation(config, self.model, held_out)
+        self.accelerator = _accelerator(config)
         self.model.to(self.accelerator.device)
         self.ema = make_ema(self.model, config.ema_decay)
         self.groups = named_groups(self.model, config.optimizer)
         self.optimizers = make_optimizers(self.model, config.optimizer)
+        self.half = half_precision(config)
+        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.half == torch.float16)
+        peak = peak_flops(self.accelerator.device) if self.half else None
+        self.speedometer = Speedometer(self.model, peak and peak * self.accelerator.num_processes)
+        self.last_speed: Speed | None = None
         self.step = 0
+        self.seen = 0  # samples, over all steps
         self.skipped = 0
         self._stop = False
 
     def __iter__(self) -> Iterator[StepReport]:
-        with state.locked(self.run), _stop_on_signals(self):
-            state.write_or_compare_config(self.run, asdict(self.config))
+        with ExitStack() as stack:
+            if self.is_main:
+                stack.enter_context(state.locked(self.run))
+                state.write_or_compare_config(self.run, asdict(self.config))
+            stack.enter_context(_stop_on_signals(self))
+            self.accelerator.wait_for_everyone()
             self._resume()
-            network, *optimizers = self.accelerator.prepare(self.model, *self.optimizers.values())
+            network = self._wrap()
             self._start_log()
             skipped_in_a_row = 0
             while self.step < self.config.steps and not self._stop:
-                report = self._train_step(network, optimizers)
+                report = self._train_step(network)
                 skipped_in_a_row = skipped_in_a_row + 1 if report.skipped > self.skipped else 0
                 self.skipped = report.skipped
                 if skipped_in_a_row >= self.config.max_skipped:
@@ -120,6 +149,7 @@ class Trainer:
                 yield report
             if self._stop:
                 self.save()
+            self.accelerator.wait_for_everyone()  # what the main process writes is there when any of them returns
             self.accelerator.end_training()
 
     def run_to_end(self) -> None:
@@ -128,114 +158,223 @@ class Trainer:
             pass
 
     @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.accelerator.is_main_process
+
+    @property
     def interrupted(self) -> bool:
         """Whether a signal (Ctrl-C, SIGTERM) ended training before its last step."""
         return self._stop
 
-    def save(self) -> Path:
-        """Writes a checkpoint of the current step."""
-        return state.save_checkpoint(
-            self.run,
-            self.step,
-            self.model,
-            self.ema,
-            self.optimizers,
-            self.groups,
-            {"skipped": self.skipped, "seed": self.config.seed},
-            self.config.keep_checkpoints,
-        )
+    def save(self) -> None:
+        """Writes a checkpoint of the current step, on the main process.
+
+        Raises:
+            ElitError: the disk is full; earlier checkpoints stay.
+        """
+        if self.is_main:
+            state.save_checkpoint(
+                self.run,
+                self.step,
+                self.model,
+                self.ema,
+                self.optimizers,
+                self.groups,
+                {
+                    "seen": self.seen,
+                    "skipped": self.skipped,
+                    "seed": self.config.seed,
+                    "scaler": self.scaler.state_dict(),
+                },
+                self.config.keep_checkpoints,
+            )
 
     # -------------------------------------------------------------------------------------------- one step
 
-    def _train_step(self, network: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> StepReport:
-        config, step = self.config, self.step
-        x, y = self._batch()
-        rng = generator(config.seed, "step", step, device=x.device)
-        t = config.times.draw(len(x), self.path, rng)
-        noise = torch.randn(x.shape, generator=rng, device=x.device)
-        if y is not None:
-            dropped = torch.rand(len(x), generator=rng, device=x.device) < config.label_dropout
-            y = self.model.drop_condition(y, dropped)
-        level = self._draw_level()
-        budget = level / self.model.num_latents if level else None
+    def _train_step(self, network: nn.Module) -> StepReport:
+        config, step, processes = self.config, self.step, self.accelerator.num_processes
+        level = self.levels.draw(config.seed, step)
+        count = self._batch_size(level)
+        mine = share(count, self.accelerator.process_index, processes)
+        indices = sample_indices(config.seed, self.seen, count, len(self.data))[mine]
+        draws = draw(config, self.model, self.path, step, count)
+        levels = self._levels(draws.t, level)
 
         factor = lr_factor(config.optimizer, step, config.steps)
         set_lr(self.optimizers, config.optimizer, factor)
-        with self.accelerator.autocast():
-            loss = flow_matching_loss(partial(network, y=y, budget=budget), x, t, noise, self.path).mean()
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optimizer.clip)
-        finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
-        for optimizer in optimizers:
-            if finite:
-                optimizer.step()
-            optimizer.zero_grad()
-        if finite:
-            self.ema.update_parameters(self.model)
-        self.step += 1
-        skipped = self.skipped + (not finite)
-        return StepReport(self.step, loss.item(), float(norm), config.optimizer.lr * factor, level, skipped)
+        draws = draws.take(mine)
+        parts = list(micro_batches(levels[mine], config.micro_batch_size))
+        total = torch.zeros((), device=self.model.device)
+        for i, (of_part, index) in enumerate(parts):
+            last = i == len(parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(network):
+                part = draws.take(index.to(total.device))
+                loss = self._loss(network, indices[index], part, of_part).sum() / count
+                self.scaler.scale(loss * processes).backward()  # gradients of processes are averaged
+            total += loss.detach()
+        mean_loss = self._agree(total)
+        norm = self._update(math.isfinite(mean_loss))
+        skipped = self.skipped + (not (math.isfinite(mean_loss) and math.isfinite(norm)))
+        self.step, self.seen = step + 1, self.seen + count
+        for of_sample in set(levels):
+            self.speedometer.add(of_sample, levels.count(of_sample))
+        mean_level = level if len(set(levels)) == 1 else sum(levels) / count
+        return StepReport(step + 1, mean_loss, norm, config.optimizer.lr * factor, mean_level, count, skipped)
 
-    def _batch(self) -> tuple[Tensor, Tensor | None]:
-        """Data (B, C, H, W) and labels (B,) of the current step; no labels for an unconditional model."""
-        x, y = self.data.batch(batch_indices(self.config.seed, self.step, self.config.batch_size, len(self.data)))
+    def _batch_size(self, level: int) -> int:
+        """Samples of a step at a level, over all processes."""
+        if self.config.elit.batching == "constant" or not level:
+            return self.config.batch_size
+        return scaled_batch_size(self.model, level, self.config.batch_size)
+
+    def _levels(self, t: Tensor, level: int) -> list[int]:
+        """J~ of every sample: the step's, or by the sample's own noise level."""
+        by_noise = self.config.elit.by_noise
+        return [level] * len(t) if by_noise is None else [self.model.level(by_noise(time)) for time in t.tolist()]
+
+    def _loss(self, network: nn.Module, indices: Tensor, draws: Draws, level: int) -> Tensor:
+        """One loss per sample of a micro-batch, (B,)."""
+        x, y = self._batch(indices)
+        if y is not None:
+            y = self.model.drop_condition(y, draws.dropped)
+        budget = level / self.model.num_latents if level else None
+        with torch.autocast(x.device.type, self.half, enabled=self.half is not None):
+            return losses(network, x, y, draws, self.path, budget)
+
+    def _batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Data (B, C, H, W) and labels (B,) at indices (B,); no labels for an unconditional model."""
+        x, y = self.data.batch(indices)
         device = self.accelerator.device
         return x.to(device), y.to(device) if self.model.config.num_classes else None
 
-    def _draw_level(self) -> int:
-        if not self.config.multi_budget:
-            return self.model.num_latents
-        return draw_level(self.model.levels, self.config.seed, self.step) if self.model.levels else 0
+    def _agree(self, loss: Tensor) -> float:
+        """The loss summed over processes, which also learn here whether one of them was told to stop."""
+        told = torch.stack((loss, loss.new_tensor(float(self._stop))))
+        total, stop = self.accelerator.reduce(told, "sum").tolist()
+        self._stop = stop > 0
+        return total
+
+    def _update(self, finite: bool) -> float:
+        """A step of the optimizers and the average, unless loss or gradient are not finite: the gradient's norm."""
+        for optimizer in self.optimizers.values():
+            self.scaler.unscale_(optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip))
+        if finite and math.isfinite(norm):
+            for optimizer in self.optimizers.values():
+                self.scaler.step(optimizer)
+            self.ema.update_parameters(self.model)
+        self.scaler.update()
+        self.model.zero_grad()
+        return norm
 
     # -------------------------------------------------------------------------------------------- the run
 
+    def _wrap(self) -> nn.Module:
+        """The model as it is trained: blocks prepared, precision set, gradients averaged over processes."""
+        prepare_blocks(self.model, self.config)
+        # Buffers are tables of positions, the same everywhere: processes need not tell each other.
+        buffers = [name for name, _ in self.model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, buffers)
+        return self.accelerator.prepare(self.model)
+
     def _resume(self) -> None:
-        checkpoint = state.latest(self.run)
+        checkpoint = state.to_continue(self.run, self.config.resume)
         if checkpoint is None:
             return
         record = state.restore_checkpoint(checkpoint, self.model, self.ema, self.optimizers, self.groups)
-        self.step, self.skipped = record["step"], record["skipped"]
+        self.step, self.seen, self.skipped = record["step"], record["seen"], record["skipped"]
+        if self.scaler.is_enabled() and record["scaler"]:
+            self.scaler.load_state_dict(record["scaler"])
 
     def _start_log(self) -> None:
-        state.truncate_log(self.run / "log.jsonl", self.step)
+        if self.is_main:
+            for name in ("log.jsonl", "speed.jsonl"):
+                state.truncate_log(self.run / name, self.step)
         # Events of steps after the checkpoint are hidden: training writes them again.
-        self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
+        self.accelerator.init_trackers("elit", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
+        self.speedometer.restart()
 
     def _log(self, report: StepReport) -> None:
-        if report.step % self.config.log_every and report.step != self.config.steps:
+        """Lines of the log, before a checkpoint of the same step: a resumed run finds them or writes them again."""
+        validated = self.validation.due(report.step)
+        if report.step % self.config.log_every and report.step != self.config.steps and not validated:
             return
-        values: dict[str, Any] = report._asdict()
-        with (self.run / "log.jsonl").open("a") as log:
-            log.write(json.dumps(values) + "\n")
-        values.pop("step")
-        self.accelerator.log(values, step=report.step)
+        speed = self.last_speed = self.speedometer.read()
+        if self.is_main:
+            values: dict[str, Any] = report._asdict()
+            if validated:
+                values |= self.validation.losses(self.ema.module)
+            _append(self.run / "log.jsonl", values)
+            # A file of its own: the log is the same for every run of a configuration, and the speed is not.
+            _append(self.run / "speed.jsonl", {"step": report.step, **speed._asdict()})
+            shown = {k: v for k, v in {**values, **speed._asdict()}.items() if v is not None and k != "step"}
+            self.accelerator.log(shown, step=report.step)
+        self.speedometer.restart()
+
+
+def prepare_blocks(model: Model, config: TrainConfig) -> None:
+    """Compiles the blocks, and has them compute activations again in the backward, as a configuration says.
+
+    The forward of a model knows of neither. Blocks share one compilation, whose number of tokens and batch are
+    dynamic: another budget is not another compilation.
+    """
+    for module in model.modules():
+        if isinstance(module, Block):
+            forward: Callable[..., Tensor] = module.forward
+            if config.compile:
+                forward = torch.compile(forward, dynamic=True)
+            if config.checkpoint_activations:
+                forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+            module.forward = forward  # type: ignore[method-assign]
+
+
+def _append(path: Path, values: dict[str, Any]) -> None:
+    with path.open("a") as log:
+        log.write(json.dumps(values) + "\n")
 
 
 def check(config: TrainConfig) -> None:
     """Raises:
     ElitError: a number of the configuration is out of its range.
     """
-    for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped"):
-        if getattr(config, name) < 1:
+    counts = ("steps", "batch_size", "micro_batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
+    for name in (*counts, "max_skipped"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
             raise ElitError(f"{name} is {getattr(config, name)}; it must be at least 1")
     for name in ("label_dropout", "ema_decay"):
         if not 0 <= getattr(config, name) <= 1:
             raise ElitError(f"{name} is {getattr(config, name)}; it must be in [0, 1]")
 
 
-def _precision(config: TrainConfig) -> str:
-    if config.precision == "auto":
-        return "bf16" if torch.cuda.is_available() else "no"
-    return {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[config.precision]
-
-
-def _import_accelerate() -> Any:
+def _accelerator(config: TrainConfig) -> Any:
+    """Processes, devices and trackers."""
     try:
         import accelerate
         import tensorboard  # noqa: F401
     except ImportError as error:
         raise ElitError(f"training needs {error.name}: pip install 'elit-diffusion[train]'") from error
-    return accelerate
+    if "wandb" in config.trackers and importlib.util.find_spec("wandb") is None:
+        raise ElitError("trackers has wandb, which is not installed: pip install wandb")
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise ElitError("precision is fp16, which needs a GPU; take bf16 or fp32")
+    accelerator = accelerate.Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else processes without a GPU would not find each other
+        mixed_precision="no",  # its setting holds for the process, ours for a trainer
+        log_with=list(config.trackers),
+        project_config=accelerate.utils.ProjectConfiguration(config.out, logging_dir=f"{config.out}/tensorboard"),
+    )
+    if config.batch_size < accelerator.num_processes:
+        raise ElitError(f"batch_size is {config.batch_size}, too small for {accelerator.num_processes} processes")
+    return accelerator
+
+
+def half_precision(config: TrainConfig) -> torch.dtype | None:
+    """The dtype of matrix products, where it is not float32."""
+    if config.precision == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else None
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
 
 
 @contextmanager

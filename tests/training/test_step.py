@@ -1,0 +1,135 @@
+"""One step, done in other ways: in micro-batches, with activations computed again, compiled, in half precision."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import elit
+from elit import ElitError
+from elit.interface import BudgetByNoise
+from elit.models import DFM
+from elit.training import ElasticConfig, ModelChoice, OptimizerConfig, StepReport, Trainer, ValidationConfig
+from elit.training.batch import micro_batches, share
+from elit.training.trainer import prepare_blocks
+from runs import FIELDS, config
+
+PUBLISHED = {"variant": "published", "tail_visible": True, "write_depth": 2, "positions": "sincos"}
+
+
+def reports(out: Path, **changes: Any) -> list[StepReport]:
+    # plain AdamW with its default epsilon would blow rounding up where gradients are zero; Muon's matrices do not
+    return list(Trainer(config(out, steps=6, **changes)))
+
+
+def agree(a: list[StepReport], b: list[StepReport], rel: float) -> None:
+    for one, other in zip(a, b, strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=rel)
+        assert other.grad_norm == pytest.approx(one.grad_norm, rel=10 * rel)
+
+
+def test_shares_cover_the_batch() -> None:
+    for count, processes in ((16, 2), (7, 3), (5, 5)):
+        parts = [share(count, process, processes) for process in range(processes)]
+        assert [i for part in parts for i in range(count)[part]] == list(range(count))
+        assert {part.stop - part.start for part in parts} <= {count // processes, -(-count // processes)}
+
+
+def test_micro_batches_have_one_level_each() -> None:
+    parts = [(level, index.tolist()) for level, index in micro_batches([4, 16, 4, 4, 16], 2)]
+    assert parts == [(4, [0, 2]), (4, [3]), (16, [1, 4])]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"micro_batch_size": 5}, {"checkpoint_activations": True}],
+    ids=["micro-batches", "checkpointed activations"],
+)
+def test_the_same_step_in_other_ways(tmp_path: Path, change: dict[str, Any]) -> None:
+    agree(reports(tmp_path / "a"), reports(tmp_path / "b", **change), rel=1e-5)  # float32 sums in another order
+
+
+def test_half_precision_stays_near(tmp_path: Path) -> None:
+    single, half = reports(tmp_path / "a"), reports(tmp_path / "b", precision="bf16")
+    agree(single, half, rel=1e-2)  # bf16 has 8 bits
+    assert [r.loss for r in single] != [r.loss for r in half]
+    assert elit.load(tmp_path / "b").dtype == torch.float32
+
+
+def test_one_compilation_serves_all_blocks_and_budgets(tmp_path: Path) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    trainer = Trainer(config(tmp_path / "run", compile=True))
+    plain = Trainer(config(tmp_path / "plain")).model
+    with pytest.MonkeyPatch.context() as patch:
+        compiler = torch.compile
+        patch.setattr(torch, "compile", lambda f, dynamic: compiler(f, dynamic=dynamic, backend=backend))
+        prepare_blocks(trainer.model, trainer.config)
+    x, t = plain.example(4)
+    for level in (16, 5, 1, 9):
+        y = torch.randint(10, (4,))
+        torch.testing.assert_close(trainer.model(x, t, y, level / 16), plain(x, t, y, level / 16))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("fields", [{}, PUBLISHED], ids=["paper", "published"])
+def test_every_trainable_parameter_has_a_gradient(tmp_path: Path, fields: dict[str, Any]) -> None:
+    """Distributed training waits for one of each, at every budget."""
+    trainer = Trainer(config(tmp_path / "run", model=ModelChoice("ELIT-DiT-S/1", FIELDS | fields)))
+    model = trainer.model
+    for level in (1, 16):
+        model.zero_grad()
+        x, t = model.example(2)
+        model(x, t, torch.tensor([1, 2]), level / 16).square().mean().backward()
+        assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_budgets_by_noise_are_one_mean_over_samples(tmp_path: Path) -> None:
+    """Cut into one micro-batch per level, the loss is that of every sample at its own level."""
+    by_noise = ElasticConfig(group_size=4, by_noise=BudgetByNoise([0.5], [0.25, 1.0]))
+    elastic = reports(tmp_path / "a", elit=by_noise)
+    assert all(4 <= r.num_latents <= 16 for r in elastic)
+    same = ElasticConfig(group_size=4, by_noise=BudgetByNoise([0.5], [1.0, 1.0]))
+    full = ElasticConfig(group_size=4)
+    agree(reports(tmp_path / "b", elit=full), reports(tmp_path / "c", elit=same), rel=1e-5)
+
+
+def test_multi_scale_model(tmp_path: Path) -> None:
+    fields = {**FIELDS, "patch_size": 2, "positions": "sincos"}
+    run = tmp_path / "run"
+    settings = {
+        "model": ModelChoice("ELIT-DFM-SiT-S/2", fields),
+        "elit": ElasticConfig(group_size=2, min_mask_prob=0.0, max_mask_prob=0.75),
+        "optimizer": OptimizerConfig("muon", lr=2e-3, warmup_steps=0),
+    }
+    trainer = Trainer(config(run, steps=60, **settings))
+    losses = [report.loss for report in trainer]
+    assert isinstance(trainer.model, DFM)
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert elit.sample(elit.load(run), [1], steps=2).shape == (1, 1, 8, 8)
+    again = list(Trainer(config(tmp_path / "again", steps=6, micro_batch_size=3, **settings)))
+    assert [r.loss for r in again] == pytest.approx(losses[:6], rel=1e-5)
+
+
+def test_held_out_loss_is_logged_for_each_budget(tmp_path: Path) -> None:
+    wanted = ValidationConfig(every=3, budgets=[0.25, 1.0], samples=32)
+    trainer = Trainer(config(tmp_path / "run", steps=3, validation=wanted))
+    trainer.run_to_end()
+    losses = trainer.validation.losses(trainer.ema.module)
+    assert list(losses) == ["held_out_loss/0.25", "held_out_loss/1"]
+    assert losses["held_out_loss/0.25"] != losses["held_out_loss/1"]
+    assert trainer.last_speed is not None
+    assert trainer.last_speed.images_per_second > 0
+    assert trainer.last_speed.mfu is None  # the peak of a processor is not known
+
+
+def test_scaler_needs_a_gpu(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(ElitError, match="precision is fp16, which needs a GPU"):
+            Trainer(config(tmp_path / "run", precision="fp16"))
