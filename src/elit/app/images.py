@@ -6,10 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Pixels in [-1, 1] (B, C, H, W) -> bytes (B, H, W, C), rounded to the nearest."""
-    return ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+from elit.data.pixels import to_uint8
 
 
 def to_frames(clips: Tensor) -> list[Image.Image]:
