@@ -9,8 +9,9 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
+from elit.conditions import Text
 from elit.interface import InterfaceConfig, LatentInterface
-from elit.models import DiT, DiTConfig, Model
+from elit.models import DiT, DiTConfig, MMDiT, Model
 
 settings.register_profile("elit", deadline=None, max_examples=60)  # a busy machine must not fail a test
 settings.load_profile("elit")
@@ -42,11 +43,16 @@ def tiny(seed: int = 0, **changes: Any) -> DiT:
     return randomize(DiT(DiTConfig(**(TINY.__dict__ | changes))), seed).eval()
 
 
-def inputs(model: Model, batch: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """x, t, y for a model."""
+def inputs(model: Model, batch: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """x, t, y for a model; text is of 1 to 6 tokens, padded to 6."""
     draws = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, *model.input_shape(), generator=draws, dtype=torch.float64).to(dtype)
     t = torch.rand(batch, generator=draws)
+    if isinstance(model, MMDiT):
+        length = 6
+        tokens = torch.randn(batch, length, model.config.text_width, generator=draws, dtype=torch.float64).to(dtype)
+        known = torch.randint(1, length + 1, (batch, 1), generator=draws)
+        return x, t, Text(tokens, torch.arange(length) < known)
     return x, t, torch.randint(model.config.num_classes + 1, (batch,), generator=draws)
 
 

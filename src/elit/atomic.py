@@ -11,8 +11,11 @@ from elit.errors import ElitError
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path, sync: bool = True) -> Iterator[Path]:
     """Gives a temporary path in the same folder; what is written there takes its name when the block ends well.
+
+    Args:
+        sync: wait until it is on the disk. Without (for many small files), a power failure can leave one empty.
 
     Raises:
         ElitError: the folder cannot be written, or the disk is full; nothing is left behind.
@@ -26,9 +29,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         temporary = Path(name)
         temporary.chmod(0o666 & ~_umask())
         yield temporary
-        _sync(temporary)
+        if sync:
+            _sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        if sync:
+            _sync(path.parent)
     except OSError as error:
         raise ElitError(f"cannot write {path}: {error.strerror or error}") from error
     finally:

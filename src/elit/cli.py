@@ -8,12 +8,14 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from inspect import signature
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from elit import __version__
 from elit.app.convert import convert_model
+from elit.app.evaluate import evaluate, evaluate_compare, evaluate_reference
 from elit.app.info import info
 from elit.app.prepare import prepare_convert, prepare_encode
 from elit.app.quickstart import quickstart
@@ -26,15 +28,17 @@ VERBS: dict[str, Callable[..., object]] = {
     "quickstart": quickstart,
     "train": train,
     "sample": sample_images,
+    "evaluate": evaluate,
+    "evaluate-reference": evaluate_reference,
+    "evaluate-compare": evaluate_compare,
     "info": info,
     "convert": convert_model,
-    "prepare convert": prepare_convert,
-    "prepare encode": prepare_encode,
+    "prepare-convert": prepare_convert,
+    "prepare-encode": prepare_encode,
 }
 
-GROUPS = {"prepare": "Turn images into what training reads."}  # verbs of two words, by the first
-
-POSITIONAL = ("info", "convert", "prepare convert", "prepare encode")  # verbs whose required options need no name
+POSITIONAL = ("info", "convert", "prepare-convert", "prepare-encode", "evaluate-reference")
+"""Verbs whose required options need no name."""
 
 
 class Parser(ArgumentParser):
@@ -58,24 +62,18 @@ def make_parser() -> Parser:
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     verbs = parser.add_subcommands(required=True, dest="verb")
     for name in VERBS:
-        if " " not in name:
-            verbs.add_subcommand(name, _parser_of(name), help=_summary(name))
-    for group, summary in GROUPS.items():
-        member = Parser(description=summary, usage=f"elit {group} VERB [OPTIONS]")
-        verbs.add_subcommand(group, member, help=summary)
-        members = member.add_subcommands(required=True, dest="verb")
-        for name in VERBS:
-            if name.startswith(f"{group} "):
-                members.add_subcommand(name.removeprefix(f"{group} "), _parser_of(name), help=_summary(name))
+        verbs.add_subcommand(name, _parser_of(name), help=_summary(name))
     return parser
 
 
 def _parser_of(name: str) -> Parser:
     """The parser of one verb."""
-    verb = Parser(description=_summary(name), usage=f"elit {name} [OPTIONS]")
+    verb = Parser(description=_summary(name), usage=f"elit {name.replace('-', ' ')} [OPTIONS]")
     verb.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below.")
     if name == "train":
         verb.add_class_arguments(TrainConfig, as_group=False)
+    elif name == "evaluate-compare":
+        verb.add_argument("results", type=Path, nargs="+", help="Files of elit evaluate, at least two.")
     else:
         verb.add_function_arguments(VERBS[name], as_group=False, as_positional=name in POSITIONAL)
         switches = {key for key, value in signature(VERBS[name]).parameters.items() if value.annotation is bool}
@@ -94,12 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [_with_underscores(a) for a in (sys.argv[1:] if argv is None else argv)]
     debug = "--debug" in arguments  # wherever it stands
     arguments = [a for a in arguments if a != "--debug"]
+    if "-".join(arguments[:2]) in VERBS:  # elit evaluate compare: a verb of two words
+        arguments[:2] = ["-".join(arguments[:2])]
     logging.basicConfig(format="%(message)s")
     logging.getLogger("elit").setLevel(logging.INFO)  # which model was found where
     try:
         parser = make_parser()
         chosen = _instantiate(parser, arguments)
-        name, options = _verb(chosen)
+        name, options = chosen.verb, chosen[chosen.verb]
         values: dict[str, Any] = {k: v for k, v in vars(options).items() if k not in ("config", "__path__")}
         if name == "train":
             train(TrainConfig(**values))
@@ -122,14 +122,6 @@ def _instantiate(parser: Parser, arguments: list[str]) -> Namespace:
         return parser.instantiate(parsed)
     except ValueError as error:  # what a dataclass of the configuration refuses
         raise ElitError(_sentence(str(error))) from error
-
-
-def _verb(chosen: Namespace) -> tuple[str, Namespace]:
-    """The name of the verb that was chosen, of one word or two, and its options."""
-    name, options = chosen.verb, chosen[chosen.verb]
-    if name in GROUPS:
-        return f"{name} {options.verb}", options[options.verb]
-    return name, options
 
 
 def _with_underscores(argument: str) -> str:

@@ -25,12 +25,16 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 class Modulation(nn.Module):
     """Adaptive layer norm, zero-initialized (adaLN-Zero, Peebles & Xie 2023): condition (B, D) -> ``parts`` x (B,
-    D)."""
+    D).
 
-    def __init__(self, width: int, parts: int) -> None:
+    Args:
+        condition_width: of the condition, where it is not that of the tokens.
+    """
+
+    def __init__(self, width: int, parts: int, condition_width: int | None = None) -> None:
         super().__init__()
         self.parts = parts
-        self.linear = nn.Linear(width, parts * width)
+        self.linear = nn.Linear(condition_width or width, parts * width)
 
     def forward(self, c: Tensor, dims: int) -> tuple[Tensor, ...]:
         """Returns the parts shaped (B, 1, .., 1, D) with ``dims`` dimensions, ready to broadcast over tokens."""
@@ -180,10 +184,13 @@ class SelfAttention(Attention):
         super().__init__(width, num_heads, qk_norm)
         self.qkv = nn.Linear(width, 3 * width)
 
-    def forward(self, x: Tensor, rope: Rotary | None = None) -> Tensor:
+    def project(self, x: Tensor, rope: Rotary | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values per head, each (B, H, L, d)."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k = self.heads(q, self.q_norm, rope), self.heads(k, self.k_norm, rope)
-        return self.merge(F.scaled_dot_product_attention(q, k, self.heads(v)))
+        return self.heads(q, self.q_norm, rope), self.heads(k, self.k_norm, rope), self.heads(v)
+
+    def forward(self, x: Tensor, rope: Rotary | None = None) -> Tensor:
+        return self.merge(F.scaled_dot_product_attention(*self.project(x, rope)))
 
 
 class CrossAttention(Attention):
@@ -215,20 +222,36 @@ class CrossAttention(Attention):
 
 
 class Block(nn.Module):
-    """The DiT block: self-attention and MLP, both under adaLN-Zero."""
+    """The DiT block: self-attention and MLP, both under adaLN-Zero.
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, qk_norm: QKNorm) -> None:
+    Args:
+        condition_width: of the condition, where it is not that of the tokens.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, mlp_ratio: float, qk_norm: QKNorm, condition_width: int | None = None
+    ) -> None:
         super().__init__()
         self.attention_norm = layer_norm(width)
         self.attention = SelfAttention(width, num_heads, qk_norm)
         self.mlp_norm = layer_norm(width)
         self.mlp = Mlp(width, round(width * mlp_ratio))
-        self.modulation = Modulation(width, 6)
+        self.modulation = Modulation(width, 6, condition_width)
 
     def forward(self, x: Tensor, c: Tensor, rope: Rotary | None) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c, x.dim())
-        x = torch.addcmul(x, gate_a, self.attention(modulate(self.attention_norm(x), shift_a, scale_a), rope))
-        return torch.addcmul(x, gate_m, self.mlp(modulate(self.mlp_norm(x), shift_m, scale_m)))
+        parts = self.modulation(c, x.dim())
+        return self.after(x, self.attention(self.before(x, parts), rope), parts)
+
+    def before(self, x: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+        """What attention is given of x, under the parts of the modulation."""
+        shift, scale, *_ = parts
+        return modulate(self.attention_norm(x), shift, scale)
+
+    def after(self, x: Tensor, attended: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+        """x with what attention gave, and then the MLP, added."""
+        _, _, gate_a, shift, scale, gate_m = parts
+        x = torch.addcmul(x, gate_a, attended)
+        return torch.addcmul(x, gate_m, self.mlp(modulate(self.mlp_norm(x), shift, scale)))
 
 
 class TimeEmbed(nn.Module):

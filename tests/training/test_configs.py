@@ -14,7 +14,7 @@ from elit.training.trainer import check
 
 FOLDER = Path(__file__).parents[2] / "configs/train"
 FILES = sorted(FOLDER.glob("*.yaml"))
-PUBLISHED = [path for path in FILES if path.stem != "digits"]
+PUBLISHED = [path for path in FILES if "digits" not in path.stem and "kinetics" not in path.stem]
 
 
 def load(path: Path) -> TrainConfig:
@@ -59,5 +59,6 @@ def test_published_experiment(path: Path) -> None:
 def test_every_published_experiment_is_there() -> None:
     wanted = {f"{elit}dit-{size}2-{res}" for elit in ("", "elit-") for size in ("b", "xl") for res in (256, 512)}
     wanted |= {f"{elit}sit-xl2-{res}" for elit in ("", "elit-") for res in (256, 512)}
+    wanted |= {f"{elit}{kind}-xl2-{res}" for elit in ("", "elit-") for kind in ("uvit", "hdit") for res in (256, 512)}
     wanted |= {f"{name}-mb" for name in wanted if name.startswith("elit-")}
     assert wanted <= {path.stem for path in PUBLISHED}

@@ -48,8 +48,7 @@ def count_flops(model: Model, budget: float | None = None) -> Cost:
     """Of one sample: matrix products and attention, as PyTorch's counter sees them; no norms, no activations."""
     meta = model if model.device.type == "meta" else on_meta(model.config)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        y = torch.zeros(1, dtype=torch.long) if meta.config.num_classes else None
-        meta(*meta.example(1), y, budget=budget)
+        meta(*meta.example(1), meta.example_condition(1), budget=budget)
     return Cost(budget, meta.level(budget), counter.get_total_flops())
 
 
@@ -60,8 +59,7 @@ def measure_latency(
     """Times a forward at several budgets, in turns, so that a busy moment of the machine meets all of them."""
     device = model.device
     x, t = model.example(batch_size)
-    classes = model.config.num_classes
-    y = torch.randint(classes, (batch_size,), device=device) if classes else None
+    y = model.example_condition(batch_size)
 
     def run(budget: float | None) -> float:
         _synchronize(device)

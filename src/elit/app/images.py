@@ -6,10 +6,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from elit.data.pixels import to_uint8
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Pixels in [-1, 1] (B, C, H, W) -> bytes (B, H, W, C), rounded to the nearest."""
-    return ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+def to_frames(clips: Tensor) -> list[Image.Image]:
+    """Clips (B, C, T, H, W) as the frames of one video, each a :func:`to_grid` of all clips."""
+    return [to_grid(frame) for frame in clips.unbind(2)]
 
 
 def to_grid(images: Tensor, columns: int | None = None, gap: int = 2, smallest: int = 64) -> Image.Image:

@@ -3,15 +3,23 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from elit.data.captions import captioned_digits
+from elit.data.clips import ClipFolder
 from elit.data.dataset import Data, ImageData
 from elit.data.digits import digits, digits8
 from elit.data.folder import ImageFolder
 from elit.data.latents import INDEX, PUBLISHED, EncodedFolder, LatentShards, PublishedLatents
+from elit.data.moving import moving_digits
 from elit.data.order import batch_indices, sample_indices
 from elit.data.remote import local_copy
 from elit.errors import ElitError
 
-EMBEDDED: dict[str, Callable[[bool], ImageData]] = {"digits": digits, "digits8": digits8}
+EMBEDDED: dict[str, Callable[[bool], Data]] = {
+    "digits": digits,
+    "digits8": digits8,
+    "moving-digits": moving_digits,
+    "captioned-digits": captioned_digits,
+}
 HELD_OUT = "-held-out"
 
 
@@ -45,6 +53,7 @@ def open_data(name: str, held_out: bool = False) -> Data:
 
 __all__ = [
     "EMBEDDED",
+    "ClipFolder",
     "Data",
     "EncodedFolder",
     "ImageData",
@@ -52,8 +61,10 @@ __all__ = [
     "LatentShards",
     "PublishedLatents",
     "batch_indices",
+    "captioned_digits",
     "digits",
     "digits8",
+    "moving_digits",
     "open_data",
     "sample_indices",
 ]

@@ -11,9 +11,11 @@ from elit.errors import ElitError
 
 
 def load_autoencoder(source: str | Path, channels: int | None = None, revision: str | None = None) -> Any:
-    """A diffusers ``AutoencoderKL`` from a local folder or a Hub id.
+    """An autoencoder of diffusers (``AutoencoderKL``, or for video ``AutoencoderKLCogVideoX``).
 
     Args:
+        source: a local folder, a Hub id, or OWNER/NAME/FOLDER for one that is part of a pipeline, such as
+            ``THUDM/CogVideoX-2b/vae``.
         channels: of the latents that it must take; None for any.
         revision: branch, tag or commit on the Hub.
 
@@ -21,17 +23,21 @@ def load_autoencoder(source: str | Path, channels: int | None = None, revision: 
         ElitError: diffusers is not installed, nothing usable is there, or the channels do not fit.
     """
     try:
-        from diffusers import AutoencoderKL
+        from diffusers import AutoModel  # of the class that the files name, one of diffusers' own
     except ImportError as error:
         raise ElitError("latents need diffusers: pip install 'elit-diffusion[latents]'") from error
+    owner, _, rest = str(source).partition("/")
+    name, _, folder = ("", "", None) if Path(source).is_dir() else rest.partition("/")
+    repository = f"{owner}/{name}" if folder else str(source)
     try:
-        autoencoder = AutoencoderKL.from_pretrained(source, revision=revision).eval().requires_grad_(False)
+        autoencoder = AutoModel.from_pretrained(repository, subfolder=folder or None, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ElitError(f"there is no autoencoder at {source}; give a folder or a Hub id ({reason})") from error
-    if channels is not None and autoencoder.config.latent_channels != channels:
-        raise ElitError(f"{source} has {autoencoder.config.latent_channels} latent channels; the model has {channels}")
-    return autoencoder
+    found = autoencoder.config.get("latent_channels")
+    if found is None or channels not in (None, found):
+        raise ElitError(f"{source} has {found} latent channels; the model has {channels}")
+    return autoencoder.eval().requires_grad_(False)
 
 
 def commit_of(source: str | Path, revision: str | None = None) -> str | None:
@@ -68,7 +74,10 @@ def posterior(images: Tensor, autoencoder: Any) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def decode(latents: Tensor, autoencoder: Any, batch_size: int = 8) -> Tensor:
-    """Scaled latents (B, C, h, w), as models see them -> images (B, 3, H, W) in [-1, 1], on the latents' device."""
+    """Scaled latents (B, C, h, w), as models see them -> images (B, 3, H, W) in [-1, 1], on the latents' device.
+
+    Of video, latents (B, C, t, h, w) -> clips (B, 3, T, H, W).
+    """
     scale, shift = scaling(autoencoder.to(latents.device))
     parts = (latents / scale + shift).split(batch_size)
     return torch.cat([autoencoder.decode(part.to(autoencoder.dtype)).sample for part in parts])

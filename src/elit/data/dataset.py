@@ -1,14 +1,14 @@
 """What training needs of data."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 
 class Data(Protocol):
-    """Samples in the model's space, with labels."""
+    """Samples in the model's space, with labels or text."""
 
     @property
     def num_classes(self) -> int:
@@ -22,8 +22,8 @@ class Data(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Samples (B, C, H, W) and labels (B,) at indices (B,).
+    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Any]:
+        """Samples (B, C, H, W) and labels (B,), or :class:`~elit.conditions.Text`, at indices (B,).
 
         Data with chance in it (latents of a posterior) draws it from the generator on the CPU. What a sample becomes
         depends on the generator and its own index alone, so that any number of processes that share a batch see the

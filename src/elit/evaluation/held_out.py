@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from elit.conditions import map_condition
 from elit.data import Data
 from elit.flow import TimeDensity, flow_matching_loss, path_named
 from elit.models import Model
@@ -34,8 +35,8 @@ def held_out_loss(
             rng = generator(seed, "held-out", draw, start)
             t = times.draw(len(x), path_named(path), rng)
             noise = torch.randn(x.shape, generator=rng)
-            x, y, t, noise = (part.to(model.device) for part in (x, y, t, noise))
-            labels = y if model.config.num_classes else None
+            x, t, noise = (part.to(model.device) for part in (x, t, noise))
+            labels = map_condition(lambda v: v.to(model.device), y) if model.conditional else None
             velocity = partial(model, y=labels, budget=budget)
             losses.append(flow_matching_loss(velocity, x, t, noise, path_named(path)).cpu())
     return torch.cat(losses)

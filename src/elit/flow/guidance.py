@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from elit.conditions import Condition, cat_conditions
 from elit.errors import ElitError
 from elit.flow.solvers import Velocity
 from elit.interface import check_budget
@@ -64,7 +65,7 @@ def weak_budget(model: Model, guidance: Guidance) -> float | None:
     Raises:
         ElitError: the model cannot be guided so.
     """
-    if guidance.drops_class and not model.config.num_classes:
+    if guidance.drops_class and not model.conditional:
         raise ElitError(f"{guidance.kind} needs a class to drop, and this model has none; take ag")
     if guidance.kind == "cfg":
         return None
@@ -75,8 +76,8 @@ def weak_budget(model: Model, guidance: Guidance) -> float | None:
 
 def model_velocity(
     model: Callable[..., Tensor],
-    y: Tensor | None,
-    null: Tensor | None,
+    y: Condition | None,
+    null: Condition | None,
     budgets: list[float | None],
     guidance: Guidance | None = None,
     weak: float | None = None,
@@ -92,12 +93,12 @@ def model_velocity(
         active: of a multi-scale model, the number of active stages at each step.
     """
 
-    def run(x: Tensor, t: Tensor, condition: Tensor | None, budget: float | None, step: int) -> Tensor:
+    def run(x: Tensor, t: Tensor, condition: Condition | None, budget: float | None, step: int) -> Tensor:
         times = t.to(x.device, torch.float32).expand(len(x), *t.shape)
         stages = {} if active is None else {"active": active[step]}
         return model(x, times, condition, budget=budget, **stages).double()
 
-    both = torch.cat((y, null)) if y is not None and null is not None else None
+    both = cat_conditions(y, null) if y is not None and null is not None else None
 
     def velocity(x: Tensor, t: Tensor, step: int) -> Tensor:
         budget, inputs = budgets[step], x.to(getattr(model, "dtype", torch.float32))

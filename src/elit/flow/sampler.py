@@ -1,12 +1,14 @@
 """`sample`: from seeds and labels to tensors in the model's space."""
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from elit.conditions import Condition, condition_size, map_condition
 from elit.errors import ElitError
 from elit.flow.guidance import Guidance, model_velocity, weak_budget
 from elit.flow.paths import path_named
@@ -21,7 +23,7 @@ from elit.seeding import generator
 @torch.inference_mode()
 def sample(
     model: Model,
-    labels: Tensor | Sequence[int] | None = None,
+    labels: Condition | Sequence[int] | None = None,
     *,
     seeds: Tensor | Sequence[int] | None = None,
     noise: Tensor | None = None,
@@ -38,7 +40,7 @@ def sample(
 
     Args:
         model: any model of this library.
-        labels: one class per sample, (B,); None for an unconditional model.
+        labels: one class per sample, (B,), or for a model of text its prompts; None for an unconditional model.
         seeds: one per sample, (B,); default 0, 1, 2, ...
         noise: starting noise (B, C, H, W) in place of that of the seeds (which then serve the draws of ``sde``); of a
             multi-scale model (B, M), its stages flattened side by side.
@@ -89,7 +91,7 @@ def sample(
 
         for at in range(0, count, batch_size):
             part = slice(at, at + batch_size)
-            condition = None if y is None else y[part]
+            condition = None if y is None else map_condition(itemgetter(part), y)
             null = None if condition is None else model.null_condition(condition)
             velocity = model_velocity(problem.model, condition, null, budgets, guidance, weak, problem.active)
             x = start[part].to(model.device, torch.float64)
@@ -128,28 +130,21 @@ def _normal(seeds: Sequence[int], purpose: str, shape: tuple[int, ...]) -> Tenso
 
 
 def _labels(
-    model: Model, labels: Tensor | Sequence[int] | None, seeds: Tensor | Sequence[int] | None, noise: Tensor | None
-) -> tuple[Tensor | None, int]:
-    """Labels on the model's device, and the number of samples."""
-    counts = {name: len(v) for name, v in (("labels", labels), ("seeds", seeds), ("noise", noise)) if v is not None}
+    model: Model, labels: Condition | Sequence[int] | None, seeds: Tensor | Sequence[int] | None, noise: Tensor | None
+) -> tuple[Condition | None, int]:
+    """Labels (or text) on the model's device, and the number of samples."""
+    counts = {
+        name: condition_size(v) for name, v in (("labels", labels), ("seeds", seeds), ("noise", noise)) if v is not None
+    }
     if len(set(counts.values())) > 1:
         raise ElitError("one of each per sample, not " + ", ".join(f"{n} {name}" for name, n in counts.items()))
     if not counts or min(counts.values()) == 0:
         raise ElitError("nothing to sample: give labels, seeds or noise, one per sample")
-    if (labels is None) != (model.config.num_classes == 0):
-        has = f"{model.config.num_classes} classes: give labels" if labels is None else "no classes: give no labels"
-        raise ElitError(f"the model has {has}")
-    count = next(iter(counts.values()))
-    if labels is None:
-        return None, count
-    try:
-        y = torch.as_tensor(labels)
-    except (TypeError, ValueError) as error:
-        raise ElitError(f"labels must be whole numbers, one per sample, not {labels!r}") from error
-    if y.is_floating_point() or y.dim() != 1:
-        raise ElitError(f"labels must be whole numbers, one per sample, not {y.dtype} of shape {tuple(y.shape)}")
-    model.check_labels(y)
-    return y.to(model.device), count
+    if (labels is None) == model.conditional:
+        classes = model.config.num_classes
+        has = f"{classes} classes: give labels" if classes else "a text stream: give text"
+        raise ElitError(f"the model has {has if labels is None else 'no classes: give no labels'}")
+    return None if labels is None else model.as_condition(labels), next(iter(counts.values()))
 
 
 def _start(shape: tuple[int, ...], count: int, seeds: Tensor | Sequence[int] | None, noise: Tensor | None) -> Tensor:

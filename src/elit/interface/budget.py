@@ -114,3 +114,20 @@ def budget_per_step(budget: Budget | None, times: Sequence[float], name: str = "
 def default_min_latents(num_latents: int) -> int:
     """J_min of the paper: 1 of 16 at 256px, 4 of 64 at 512px."""
     return max(1, math.floor(num_latents / 16))
+
+
+def valid_levels(num_latents: int, smallest: int | None = None, step: int = 1) -> tuple[int, ...]:
+    """The levels of windows of J latents, ascending: the multiples of ``step`` from ``smallest`` to J.
+
+    Args:
+        smallest: J_min; None is the paper's. Where it is no multiple of ``step``, the next one is the first level.
+
+    Raises:
+        ElitError: a smallest level outside 1..J, or a J that is no multiple of ``step``.
+    """
+    smallest = default_min_latents(num_latents) if smallest is None else smallest
+    if not 1 <= smallest <= num_latents:
+        raise ElitError(f"min_latents is {smallest}; a window has 1 to {num_latents} latents")
+    if num_latents % step:
+        raise ElitError(f"a window of {num_latents} latents has no runs of {step}, which this model merges")
+    return tuple(range(math.ceil(smallest / step) * step, num_latents + 1, step))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from elit.errors import ElitError
-from elit.interface.budget import Rounding, default_min_latents, to_level
+from elit.interface.budget import Rounding, to_level, valid_levels
 from elit.interface.grid import TokenGrid, Triple, coordinates, triple
 from elit.layers import CrossAttention, Mlp, Modulation, Rotary, RotaryTable, init_model, layer_norm, modulate, rotary
 
@@ -103,15 +103,22 @@ class LatentInterface(nn.Module):
     Args:
         grid_size: tokens along (T, H, W) that the model is built for. Rotary positions work on other grids too.
         rope_theta: base of the rotary frequencies.
+        level_step: levels are multiples of it, for a core that works on runs of so many latents.
 
     Raises:
-        ElitError: windows that do not tile the grid, or an impossible ``min_latents``.
+        ElitError: windows that do not tile the grid, an impossible ``min_latents``, or windows without whole runs.
     """
 
     MAX_POSITIONS = 4096  # learned latent positions of the published checkpoints
 
     def __init__(
-        self, config: InterfaceConfig, width: int, num_heads: int, grid_size: Triple, rope_theta: float
+        self,
+        config: InterfaceConfig,
+        width: int,
+        num_heads: int,
+        grid_size: Triple,
+        rope_theta: float,
+        level_step: int = 1,
     ) -> None:
         super().__init__()
         self.config = config
@@ -119,10 +126,7 @@ class LatentInterface(nn.Module):
         self.head_dim = width // num_heads
         self.rope_theta = rope_theta
         self.num_latents = self.grid.window_tokens
-        smallest = default_min_latents(self.num_latents) if config.min_latents is None else config.min_latents
-        if not 1 <= smallest <= self.num_latents:
-            raise ElitError(f"min_latents is {smallest}; a window has 1 to {self.num_latents} latents")
-        self.levels = tuple(range(smallest, self.num_latents + 1))
+        self.levels = valid_levels(self.num_latents, config.min_latents, level_step)
         self.rounding: Rounding = "down" if self.published else "nearest"
 
         self.latents = nn.Parameter(torch.empty(self.num_latents, width))

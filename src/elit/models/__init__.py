@@ -3,6 +3,24 @@
 from elit.models.base import Model
 from elit.models.dfm import DFM, DFMConfig
 from elit.models.dit import DiT, DiTConfig
+from elit.models.hdit import HDiT, HDiTConfig
+from elit.models.mmdit import MMDiT, MMDiTConfig
 from elit.models.registry import config_for, create, names
+from elit.models.uvit import UViT, UViTConfig
 
-__all__ = ["DFM", "DFMConfig", "DiT", "DiTConfig", "Model", "config_for", "create", "names"]
+__all__ = [
+    "DFM",
+    "DFMConfig",
+    "DiT",
+    "DiTConfig",
+    "HDiT",
+    "HDiTConfig",
+    "MMDiT",
+    "MMDiTConfig",
+    "Model",
+    "UViT",
+    "UViTConfig",
+    "config_for",
+    "create",
+    "names",
+]

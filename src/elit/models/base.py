@@ -7,6 +7,7 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from elit.conditions import Condition, Text, map_condition
 from elit.errors import ElitError
 from elit.interface import LatentInterface, check_budget
 
@@ -85,24 +86,49 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="elit"):
         x = torch.randn(batch_size, *self.input_shape(), device=self.device, dtype=self.dtype)
         return x, torch.rand(batch_size, device=self.device)
 
-    def check_labels(self, y: Tensor) -> None:
-        """Looks at the values of labels, once and at the user's edge (a forward does not).
+    @property
+    def conditional(self) -> bool:
+        """Whether a forward takes conditions: labels, or in other backbones text."""
+        return bool(self.config.num_classes)
+
+    def as_condition(self, given: Any) -> Condition:
+        """Conditions as a forward takes them, on the model's device, from what a user gives: here labels (B,).
+
+        Looks at the values of labels, once and at the user's edge (a forward does not).
 
         Raises:
-            ElitError: a label outside 0..num_classes - 1. The null class is for guidance and training alone.
+            ElitError: no whole numbers, or a label outside 0..num_classes - 1. The null class is for guidance and
+                training alone.
         """
+        if isinstance(given, Text):
+            raise ElitError("the model is conditioned by labels, not by text")
+        try:
+            y = torch.as_tensor(given)
+        except (TypeError, ValueError) as error:
+            raise ElitError(f"labels must be whole numbers, one per sample, not {given!r}") from error
+        if y.is_floating_point() or y.dim() != 1:
+            raise ElitError(f"labels must be whole numbers, one per sample, not {y.dtype} of shape {tuple(y.shape)}")
         classes = self.config.num_classes
         wrong = y[(y < 0) | (y >= classes)]
         if len(wrong):
             raise ElitError(f"label {int(wrong[0])} does not exist; the model knows 0..{classes - 1}")
+        return y.to(self.device)
 
-    def null_condition(self, y: Tensor) -> Tensor:
+    def example_condition(self, batch_size: int) -> Condition | None:
+        """Conditions of the shapes that a forward takes: for measuring."""
+        return torch.zeros(batch_size, dtype=torch.long, device=self.device) if self.conditional else None
+
+    def null_condition(self, y: Condition) -> Condition:
         """The condition of "no class" for each of y."""
-        return torch.full_like(y, self.config.num_classes)
+        return map_condition(lambda labels: torch.full_like(labels, self.config.num_classes), y)
 
-    def drop_condition(self, y: Tensor, dropped: Tensor) -> Tensor:
+    def drop_condition(self, y: Condition, dropped: Tensor) -> Condition:
         """Conditions y of a batch, those marked in ``dropped`` (B,) replaced by :meth:`null_condition`."""
-        return torch.where(dropped, self.null_condition(y), y)
+
+        def choose(null: Tensor, value: Tensor) -> Tensor:
+            return torch.where(dropped.view(-1, *(1,) * (value.dim() - 1)), null, value)
+
+        return map_condition(choose, self.null_condition(y), y)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The card that is saved beside the weights, for the author to complete."""

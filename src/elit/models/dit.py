@@ -6,7 +6,7 @@ Shapes: B batch, C channels, N spatial tokens, G windows, J~ latents per window 
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from elit.errors import ElitError
 from elit.interface import InterfaceConfig, LatentInterface, coordinates, triple
 from elit.interface.grid import Triple, position_axes
-from elit.layers import Block, FinalLayer, Rotary, RotaryTable, TimeEmbed, init_model, rotary, sincos_table
+from elit.layers import Block, FinalLayer, QKNorm, Rotary, RotaryTable, TimeEmbed, init_model, rotary, sincos_table
 from elit.models.base import Model
 
 
@@ -72,6 +72,11 @@ class DiTConfig:
         return self.depth - self.head_depth - self.tail_depth
 
     @property
+    def qk_norm_kind(self) -> QKNorm:
+        """That of every block."""
+        return "head" if self.qk_norm else "none"
+
+    @property
     def grid_size(self) -> Triple:
         """Tokens along (T, H, W)."""
         return tokens_of(triple(self.input_size), triple(self.patch_size))
@@ -93,23 +98,26 @@ class Transformer(Model):
     """The stack between embedding and projection: blocks, positions and labels, with or without the interface.
 
     A backbone adds how its input becomes tokens and a condition, how tokens become a velocity, and at the end of its
-    constructor calls :func:`~elit.layers.init_model`.
+    constructor calls :func:`~elit.layers.init_model`. One of another stack says what it is made of
+    (:meth:`build_stack`) and how tokens pass it (:meth:`transform`).
+
+    Attributes:
+        LEVEL_STEP: levels are multiples of it.
     """
 
+    LEVEL_STEP: ClassVar[int] = 1
     config: DiTConfig
+    blocks: nn.ModuleList
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__(config)
         self.label_embed = nn.Embedding(config.num_classes + 1, config.width) if config.num_classes else None
-        qk_norm: Literal["head", "none"] = "head" if config.qk_norm else "none"
-        self.blocks = nn.ModuleList(
-            Block(config.width, config.num_heads, config.mlp_ratio, qk_norm) for _ in range(config.depth)
-        )
+        self.build_stack()
         head_dim = config.width // config.num_heads
         self.interface = None
         if config.interface is not None:
             self.interface = LatentInterface(
-                config.interface, config.width, config.num_heads, config.grid_size, config.rope_theta
+                config.interface, config.width, config.num_heads, config.grid_size, config.rope_theta, self.LEVEL_STEP
             )
         if config.positions == "sincos":
             self.positions = nn.Parameter(
@@ -117,6 +125,13 @@ class Transformer(Model):
             )
         else:
             self.rope_table = RotaryTable(coordinates(config.grid_size), head_dim, config.rope_theta)
+
+    def build_stack(self) -> None:
+        """Sets ``blocks``, in the order in which tokens pass them, and what is between them."""
+        config = self.config
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.num_heads, config.mlp_ratio, config.qk_norm_kind) for _ in range(config.depth)
+        )
 
     def init_weights(self) -> None:
         if self.label_embed is not None:
@@ -208,10 +223,18 @@ class DiT(Transformer):
         """
         level = self.level(budget)
         size = self.check_input(x, y, self.patch)
-        s = self.place(self.patch_embed(patchify(x, size, self.patch)), size)  # (B, N, D)
+        s = self.embed(x, size)  # (B, N, D)
         c = self.condition(self.time_embed(t), y)  # (B, D)
         s = self.transform(s, c, size, level)  # head, Read, core, Write, tail
-        return unpatchify(self.final(s, c), size, self.patch).view_as(x)
+        return self.project(s, c, size).view_as(x)
+
+    def embed(self, x: Tensor, size: Triple) -> Tensor:
+        """Spatial tokens (B, N, D) of an input."""
+        return self.place(self.patch_embed(patchify(x, size, self.patch)), size)
+
+    def project(self, s: Tensor, c: Tensor, size: Triple) -> Tensor:
+        """Velocity (B, C, T, H, W) of spatial tokens."""
+        return unpatchify(self.final(s, c), size, self.patch)
 
 
 def run(blocks: nn.ModuleList, x: Tensor, c: Tensor, rope: Rotary | None) -> Tensor:

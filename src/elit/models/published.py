@@ -474,7 +474,7 @@ def check_publishable(model: Model) -> None:
     """
     config = model.config
     reason = None
-    if not isinstance(config, DiTConfig):
+    if type(config) not in (DiTConfig, DFMConfig):
         reason = f"it is a {type(model).__name__}"
     elif config.positions != "sincos":
         reason = "its positions are rotary"

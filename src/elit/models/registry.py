@@ -9,8 +9,17 @@ from elit.interface import InterfaceConfig
 from elit.models.base import Model
 from elit.models.dfm import DFM, DFMConfig
 from elit.models.dit import DiT, DiTConfig
+from elit.models.hdit import HDiT, HDiTConfig
+from elit.models.mmdit import MMDiT, MMDiTConfig
+from elit.models.uvit import UViT, UViTConfig
 
-ARCHITECTURES: dict[str, tuple[type[Model], type]] = {"DiT": (DiT, DiTConfig), "DFM": (DFM, DFMConfig)}
+ARCHITECTURES: dict[str, tuple[type[Model], type]] = {
+    "DiT": (DiT, DiTConfig),
+    "UViT": (UViT, UViTConfig),
+    "HDiT": (HDiT, HDiTConfig),
+    "MMDiT": (MMDiT, MMDiTConfig),
+    "DFM": (DFM, DFMConfig),
+}
 """Model class and configuration by the name that a saved ``config.json`` carries."""
 
 SIZES = {  # depth, width, heads
@@ -19,15 +28,32 @@ SIZES = {  # depth, width, heads
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
 }
+PAPER_SPLITS = {"S": (2, 2), "B": (3, 3), "L": (4, 4), "XL": (4, 4)}
+RELEASED_SPLITS = PAPER_SPLITS | {"XL": (8, 4)}
 SPLITS = {  # blocks in head and tail; only ELIT-SiT-XL was released
-    "DiT": {"S": (2, 2), "B": (3, 3), "L": (4, 4), "XL": (4, 4)},
-    "SiT": {"S": (2, 2), "B": (3, 3), "L": (4, 4), "XL": (8, 4)},
-    "DFM-SiT": {"S": (2, 2), "B": (3, 3), "L": (4, 4), "XL": (8, 4)},
+    "DiT": PAPER_SPLITS,
+    "SiT": RELEASED_SPLITS,
+    "DFM-SiT": RELEASED_SPLITS,
+    "UViT": PAPER_SPLITS,
+    "HDiT": PAPER_SPLITS,
+    "MMDiT": PAPER_SPLITS,
 }
-PATCH_SIZES = {"DiT": (1, 2, 4, 8), "SiT": (1, 2, 4, 8), "DFM-SiT": (2, 4, 8)}  # the last stage's, of two, for DFM
+PATCH_SIZES = {
+    "DiT": (1, 2, 4, 8),
+    "SiT": (1, 2, 4, 8),
+    "DFM-SiT": (2, 4, 8),  # the last stage's, of two
+    "UViT": (1, 2, 4, 8),
+    "HDiT": (1, 2, 4),  # at 256px larger ones leave no four tokens in a window
+    "MMDiT": (1, 2, 4, 8),
+}
+CONFIGS: dict[str, type[DiTConfig]] = {
+    "DiT": DiTConfig, "SiT": DiTConfig, "DFM-SiT": DFMConfig, "UViT": UViTConfig, "HDiT": HDiTConfig,
+    "MMDiT": MMDiTConfig,
+}  # fmt: skip
+INNER_DEPTHS = {"S": 4, "B": 4, "L": 10, "XL": 12}  # of HDiT; the paper's for XL, and about its share for the others
 WINDOWS_PER_SIDE = 4  # 16 windows an image: group size 4 at 256px, 8 at 512px
 
-NAME = re.compile(r"(?P<elit>ELIT-)?(?P<family>DiT|SiT|DFM-SiT)-(?P<size>S|B|L|XL)/(?P<patch>\d+)")
+NAME = re.compile(rf"(?P<elit>ELIT-)?(?P<family>{'|'.join(SPLITS)})-(?P<size>{'|'.join(SIZES)})/(?P<patch>\d+)")
 
 
 def model_class_of(config: object) -> type[Model]:
@@ -56,14 +82,15 @@ def config_for(name: str, resolution: int | tuple[int, int] = 256, downsample: i
     found = NAME.fullmatch(name)
     if not found or not is_name(name):
         raise ElitError(
-            f"no model is named {name!r}; names are [ELIT-]{{DiT,SiT,DFM-SiT}}-{{S,B,L,XL}}/{{1,2,4,8}}, like "
-            "ELIT-SiT-XL/2 (for DFM-SiT, the patch size is at least 2)"
+            f"no model is named {name!r}; names are [ELIT-]{{{','.join(SPLITS)}}}-{{{','.join(SIZES)}}}/{{1,2,4,8}}, "
+            "like ELIT-SiT-XL/2 (the patch size is at least 2 for DFM-SiT, and at most 4 for HDiT)"
         )
     family, patch = found["family"], int(found["patch"])
     depth, width, num_heads = SIZES[found["size"]]
     head_depth, tail_depth = SPLITS[family][found["size"]]
-    config_class = DFMConfig if family == "DFM-SiT" else DiTConfig
-    config = config_class(
+    published = "SiT" in family
+    of_family: dict[str, Any] = {"inner_depth": INNER_DEPTHS[found["size"]]} if family == "HDiT" else {}
+    config = CONFIGS[family](
         input_size=_input_size(resolution, downsample),
         patch_size=patch,
         width=width,
@@ -71,8 +98,9 @@ def config_for(name: str, resolution: int | tuple[int, int] = 256, downsample: i
         num_heads=num_heads,
         head_depth=head_depth,
         tail_depth=tail_depth,
-        positions="rotary" if family == "DiT" else "sincos",
-        qk_norm=family == "DiT",
+        positions="sincos" if published else "rotary",
+        qk_norm=not published,
+        **of_family,
     )
     of_interface = {f.name for f in fields(InterfaceConfig)} & overrides.keys()
     unknown = overrides.keys() - {f.name for f in fields(config)} - of_interface
@@ -83,7 +111,7 @@ def config_for(name: str, resolution: int | tuple[int, int] = 256, downsample: i
     config = replace(config, **{k: v for k, v in overrides.items() if k not in of_interface})
     if not found["elit"] or "interface" in overrides:
         return config
-    chosen = {"variant": "paper" if family == "DiT" else "published"} | {k: overrides[k] for k in of_interface}
+    chosen = {"variant": "published" if published else "paper"} | {k: overrides[k] for k in of_interface}
     if "group_size" not in chosen:
         chosen["group_size"] = _group_size(config)
     return replace(config, interface=InterfaceConfig(**chosen))
@@ -96,7 +124,7 @@ def create(name: str, resolution: int | tuple[int, int] = 256, downsample: int =
         name: ``DiT-B/2``, ``ELIT-SiT-XL/2``, ...: family, size and patch size (:func:`names` lists them all).
         resolution: pixels of a side, or (height, width).
         downsample: pixels per latent of the autoencoder; 1 for models on pixels.
-        overrides: any field of the configuration (:class:`DiTConfig`, for DFM :class:`DFMConfig`) or of
+        overrides: any field of the configuration (:class:`DiTConfig`, or what a backbone makes of it) or of
             :class:`~elit.interface.InterfaceConfig`, such as ``num_classes=10`` or ``group_size=8`` (unless given, 16
             windows an image).
 

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from elit.conditions import Condition, map_condition
 from elit.data import Data, open_data, sample_indices
 from elit.errors import ElitError
 from elit.flow import path_named
-from elit.layers import Block
 from elit.models import Model, create
+from elit.models.dit import Transformer
 from elit.seeding import derive_seed, generator
 from elit.training import state
 from elit.training.batch import Draws, draw, losses, micro_batches, share
@@ -251,11 +252,11 @@ class Trainer:
         with torch.autocast(x.device.type, self.half, enabled=self.half is not None):
             return losses(network, x, y, draws, self.path, budget)
 
-    def _batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _batch(self, indices: Tensor) -> tuple[Tensor, Condition | None]:
         """Data (B, C, H, W) and labels (B,) at indices (B,); no labels for an unconditional model."""
         x, y = self.data.batch(indices, generator(self.config.seed, "data", self.step))
         device = self.accelerator.device
-        return x.to(device), y.to(device) if self.model.config.num_classes else None
+        return x.to(device), map_condition(lambda v: v.to(device), y) if self.model.conditional else None
 
     def _agree(self, loss: Tensor) -> float:
         """The loss summed over processes, which also learn here whether one of them was told to stop."""
@@ -328,14 +329,14 @@ def prepare_blocks(model: Model, config: TrainConfig) -> None:
     The forward of a model knows of neither. Blocks share one compilation, whose number of tokens and batch are
     dynamic: another budget is not another compilation.
     """
-    for module in model.modules():
-        if isinstance(module, Block):
-            forward: Callable[..., Tensor] = module.forward
-            if config.compile:
-                forward = torch.compile(forward, dynamic=True)
-            if config.checkpoint_activations:
-                forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
-            module.forward = forward  # type: ignore[method-assign]
+    assert isinstance(model, Transformer)
+    for block in model.blocks:
+        forward: Callable[..., Any] = block.forward
+        if config.compile:
+            forward = torch.compile(forward, dynamic=True)
+        if config.checkpoint_activations:
+            forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = forward
 
 
 def _append(path: Path, values: dict[str, Any]) -> None:

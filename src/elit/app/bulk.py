@@ -1,0 +1,176 @@
+"""Any number of images into a folder: each a function of its index, drawn by any number of processes, in any order.
+
+Indices are drawn in pieces of ``batch_size``: piece c is indices [c * B, (c + 1) * B), always whole, even where fewer
+are wanted. So an image always meets the same kernels at the same place of the same batch, and its bytes do not depend
+on who draws it, when, or after which interruption. The batch size is therefore one of the settings of a folder.
+"""
+
+import io
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+from tqdm import tqdm
+
+from elit.app.processes import Process, alone_in
+from elit.atomic import atomic_file
+from elit.data.pixels import to_uint8
+from elit.errors import ElitError
+from elit.seeding import derive_seed
+
+Labels = Literal["balanced", "random"] | list[int]
+Format = Literal["png", "npz", "both"]
+SETTINGS, ARCHIVE = "settings.json", "samples.npz"
+COUNT = "num_images"  # the one setting that may change: a folder can be extended
+
+
+def label_of(index: int, labels: Labels, num_classes: int, seed: int) -> int:
+    """The class of an image: in turn, drawn from (seed, index), or listed (repeated where a piece goes beyond)."""
+    if labels == "balanced":
+        return index % num_classes
+    if labels == "random":
+        return derive_seed(seed, "label", index) % num_classes
+    return int(labels[index % len(labels)])
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Writes the settings of a new folder, or compares them with those of an old one.
+
+    Raises:
+        ElitError: names the first setting that differs, or the folder holds something else.
+    """
+    path = folder / SETTINGS
+    with alone_in(folder):
+        if not path.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
+            raise ElitError(f"{folder} is not empty and has no {SETTINGS}; sample into a new folder")
+        if path.exists():
+            try:
+                old = json.loads(path.read_text())
+                differing = [k for k in settings | old if settings.get(k) != old.get(k) and k != COUNT]
+                settings = settings | {COUNT: max(old[COUNT], settings[COUNT])}
+            except (ValueError, TypeError, AttributeError, KeyError) as error:
+                raise ElitError(f"{path} is damaged; sample into a new folder") from error
+            if differing:
+                k = differing[0]
+                raise ElitError(
+                    f"{folder} holds images with {k} {old.get(k)!r}, not {settings.get(k)!r}; take the same "
+                    "settings to continue, or another folder"
+                )
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def draw_folder(
+    folder: Path,
+    settings: dict[str, Any],
+    draw: Callable[[Sequence[int]], Tensor],
+    labels_of: Callable[[Sequence[int]], list[int] | None],
+    kind: Format,
+    process: Process,
+) -> bool:
+    """Draws the images of this process that are missing; whoever finds all of them there writes the archive.
+
+    Args:
+        settings: ``num_images``, ``batch_size``, ``seed`` and whatever else made the images.
+        draw: indices (B,) -> images (B, C, H, W) in [-1, 1].
+        labels_of: indices (B,) -> their classes, None without classes.
+
+    Returns:
+        Whether the folder is complete; otherwise other processes are at it.
+
+    Raises:
+        ElitError: see :func:`claim`, or a file that cannot be written.
+    """
+    claim(folder, settings)
+    count, size = settings["num_images"], settings["batch_size"]
+    if kind == "npz" and _archived(folder) >= count:
+        return _finish(folder, count, labels_of, kind)
+    own = [piece for piece in range(-(-count // size)) if process.owns(piece)]
+    there = present(folder)
+    todo = [p for p in own if any(i not in there for i in range(p * size, min((p + 1) * size, count)))]
+    described = {k: v for k, v in settings.items() if k not in (COUNT, "labels")}
+    title = "sampling" if process.total == 1 else f"sampling, process {process.rank + 1} of {process.total}"
+    with tqdm(total=len(own) * size, desc=title, unit="image", dynamic_ncols=True, disable=process.rank != 0) as bar:
+        bar.initial = bar.n = (len(own) - len(todo)) * size  # the time left counts from here
+        for piece in todo:
+            indices = range(piece * size, (piece + 1) * size)
+            pixels, classes = to_uint8(draw(indices)).numpy(), labels_of(indices)
+            for at, index in enumerate(indices):
+                if index < count and index not in there:
+                    about = {**described, "index": index, "label": classes[at] if classes else None}
+                    _write_png(folder / _name(index), pixels[at], about)
+            bar.update(size)
+    return present(folder).issuperset(range(count)) and _finish(folder, count, labels_of, kind)
+
+
+def present(folder: Path) -> set[int]:
+    """Indices of the images in a folder (an empty file, which a power failure may leave, is none)."""
+    return {int(p.stem) for p in folder.glob("*.png") if p.stem.isdigit() and p.stat().st_size}
+
+
+def _name(index: int) -> str:
+    return f"{index:06d}.png"
+
+
+def _write_png(path: Path, pixels: np.ndarray, about: dict[str, Any]) -> None:
+    record, buffer = PngInfo(), io.BytesIO()
+    record.add_text("elit", json.dumps(about, default=str))
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG", pnginfo=record)
+    with atomic_file(path, sync=False) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def _finish(folder: Path, count: int, labels_of: Callable[[Sequence[int]], list[int] | None], kind: Format) -> bool:
+    """The archive, and an end to what is only on the way to it."""
+    with alone_in(folder):
+        if kind != "png" and _archived(folder) < count:
+            _write_archive(folder, count, labels_of)
+        for path in folder.glob(".*.png.*"):  # left by processes that were killed
+            path.unlink(missing_ok=True)
+        if kind == "npz":
+            for index in present(folder):
+                (folder / _name(index)).unlink()
+    return True
+
+
+def _archived(folder: Path) -> int:
+    """How many images the archive holds; 0 without one."""
+    try:
+        with zipfile.ZipFile(folder / ARCHIVE) as archive, archive.open("arr_0.npy") as member:
+            np.lib.format.read_magic(member)
+            return int(np.lib.format.read_array_header_1_0(member)[0][0])
+    except (FileNotFoundError, zipfile.BadZipFile, KeyError, ValueError):  # a damaged one is written again
+        return 0
+
+
+def _write_archive(folder: Path, count: int, labels_of: Callable[[Sequence[int]], list[int] | None]) -> None:
+    """As the ADM suite has it: ``arr_0`` bytes (M, H, W, 3), written one by one; ``arr_1`` labels (M,), if any."""
+    labels = labels_of(range(count))
+
+    def pixels() -> Iterator[np.ndarray]:
+        for index in range(count):
+            with Image.open(folder / _name(index)) as image:
+                yield np.asarray(image.convert("RGB"))
+
+    with Image.open(folder / _name(0)) as first:
+        shape = (count, first.height, first.width, 3)
+    with atomic_file(folder / ARCHIVE) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open(_member("arr_0.npy"), "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(member, header)
+            for image in tqdm(pixels(), total=count, desc="packing", unit="image", dynamic_ncols=True):
+                member.write(image.tobytes())
+        if labels is not None:
+            with archive.open(_member("arr_1.npy"), "w") as member:
+                np.lib.format.write_array(member, np.array(labels, dtype=np.int64))
+
+
+def _member(name: str) -> zipfile.ZipInfo:
+    """Of a fixed date, so that equal images make equal files."""
+    return zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))

@@ -1,0 +1,73 @@
+"""Several processes of one command: who does what, without a word between them.
+
+Work is cut into pieces that are functions of their number alone, and a finished piece is a file. A process does the
+pieces that are its own and not there yet; none waits for another, so one that dies stops none, and any later run
+finishes what is missing.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from elit.errors import ElitError
+
+
+class Process(NamedTuple):
+    """One of ``total`` processes of ``torchrun`` or ``accelerate launch``; 0 of 1 without them."""
+
+    rank: int
+    total: int
+    device: torch.device
+
+    def owns(self, piece: int) -> bool:
+        return piece % self.total == self.rank
+
+
+def this_process(device: str = "auto", threads: int = 1) -> Process:
+    """The process that we are, on its own GPU if there are several.
+
+    Args:
+        threads: of CPU kernels. They are set, not taken from the environment (launchers change it), because sums are
+            rounded differently by another number of threads.
+
+    Raises:
+        ElitError: threads below 1, or a device that is not there.
+    """
+    if threads < 1:
+        raise ElitError(f"threads is {threads}; it must be at least 1")
+    torch.set_num_threads(threads)
+    rank, total = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ElitError(f"there is no device {device!r} here ({str(error).splitlines()[0]})") from error
+    return Process(rank, total, chosen)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time; the system lets go of it when the process dies.
+
+    Raises:
+        ElitError: the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ElitError(f"cannot write {folder}: {error.strerror or error}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,62 @@
+"""Text encoders of ``transformers``: prompts to the conditions of text models."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elit.conditions import Text
+from elit.data.captions import WordVectors
+from elit.errors import ElitError
+
+
+def open_encoder(source: str | Path, device: torch.device | str = "cpu") -> Callable[[Sequence[str]], Text]:
+    """``words`` for :class:`~elit.data.captions.WordVectors`; anything else is a :class:`TextEncoder`."""
+    return WordVectors() if source == "words" else TextEncoder(source, device=device)
+
+
+class TextEncoder:
+    """Any text encoder of ``transformers``: T5, CLIP, BERT, ... . Of a model with several parts, the one for text.
+
+    Args:
+        source: a local folder or a Hub id.
+        max_length: longest prompt in tokens; the rest is cut off. None is the tokenizer's.
+
+    Attributes:
+        width: of its embeddings.
+
+    Raises:
+        ElitError: transformers is not installed, or nothing usable is there.
+    """
+
+    def __init__(self, source: str | Path, max_length: int | None = None, device: torch.device | str = "cpu") -> None:
+        try:
+            from transformers import AutoModel, AutoTokenizer
+        except ImportError as error:
+            raise ElitError("text encoders need transformers: pip install 'elit-diffusion[text]'") from error
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
+            whole = AutoModel.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ElitError(f"there is no text encoder at {source}; give a folder or a Hub id ({reason})") from error
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        of_text = whole.get_encoder() if whole.config.is_encoder_decoder else getattr(whole, "text_model", whole)
+        self.model = of_text.to(device).eval().requires_grad_(False)
+        self.max_length, self.device = max_length, device
+
+    @property
+    def width(self) -> int:
+        return self.model.config.hidden_size
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[str]) -> Text:
+        """Prompts as text, padded on the right to the longest of them; ``[""]`` is the empty prompt."""
+        found = self.tokenizer(
+            list(prompts), padding=True, padding_side="right", truncation=True, max_length=self.max_length,
+            return_tensors="pt",
+        ).to(self.device)  # fmt: skip
+        tokens = self.model(input_ids=found.input_ids, attention_mask=found.attention_mask).last_hidden_state
+        return Text(tokens.float(), found.attention_mask.bool())

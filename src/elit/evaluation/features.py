@@ -1,0 +1,88 @@
+"""Features of all images of a source, in files of a cache that any number of processes fill together.
+
+A file holds a shard: SHARD images that follow each other. Inside, images meet the extractor in batches that are a
+function of their index, the last one filled up. So features do not depend on who computed them, or when.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from elit.errors import ElitError
+from elit.evaluation.extractors import Extractor, cache_folder
+from elit.evaluation.frechet import Moments
+from elit.evaluation.sources import Images
+from elit.evaluation.statistics import RunningMoments
+from elit.models.files import read_tensors, write_tensors
+
+SHARD, BATCH = 512, 32
+
+
+class Features:
+    """Features of a source, on disk."""
+
+    def __init__(self, images: Images, extractor: Extractor) -> None:
+        self.images, self.extractor = images, extractor
+        key = json.dumps([images.content, extractor.protocol(), torch.__version__, SHARD, BATCH])
+        self.folder = cache_folder() / "features" / hashlib.sha256(key.encode()).hexdigest()[:32]
+        self.shards = -(-images.count // SHARD)
+
+    def missing(self) -> list[int]:
+        """Shards that nobody has computed."""
+        return [shard for shard in range(self.shards) if not self._file(shard).exists()]
+
+    def compute(self, owns: Callable[[int], bool] = lambda shard: True, progress: bool = False) -> None:
+        """Computes the missing shards that are one's own.
+
+        Raises:
+            ElitError: images that cannot be read, or a cache that cannot be written.
+        """
+        todo = [shard for shard in self.missing() if owns(shard)]
+        with tqdm(
+            total=len(todo) * SHARD, desc="features", unit="image", dynamic_ncols=True, disable=not progress or not todo
+        ) as bar:
+            for shard in todo:
+                pieces = []
+                for start in range(shard * SHARD, min((shard + 1) * SHARD, self.images.count), BATCH):
+                    pieces.append(self._extract(start))
+                    bar.update(BATCH)
+                write_tensors(self._file(shard), {k: torch.cat([piece[k] for piece in pieces]) for k in pieces[0]})
+
+    def read(self, name: str) -> Tensor:
+        """One kind of features of all images, (M, F)."""
+        return torch.cat(list(self.parts(name)))
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """The same, shard by shard.
+
+        Raises:
+            ElitError: a damaged file of the cache.
+        """
+        for shard in range(self.shards):
+            tensors = read_tensors(self._file(shard))
+            if name not in tensors:
+                raise ElitError(f"{self._file(shard)} lacks {name}; remove the folder to compute it again")
+            yield tensors[name]
+
+    def moments(self, name: str) -> Moments:
+        """Mean and covariance, in bounded memory."""
+        running: RunningMoments | None = None
+        for part in self.parts(name):
+            running = running or RunningMoments(part.shape[1])
+            running.add(part)
+        assert running is not None  # a source is never empty
+        return running.moments()
+
+    def _extract(self, start: int) -> dict[str, Tensor]:
+        pixels = self.images.read(start, min(start + BATCH, self.images.count))
+        filling = pixels.new_zeros(BATCH - len(pixels), *pixels.shape[1:])
+        found = self.extractor(torch.cat((pixels, filling)))
+        return {name: values[: len(pixels)].contiguous() for name, values in found.items()}
+
+    def _file(self, shard: int) -> Path:
+        return self.folder / f"{shard:05d}.safetensors"

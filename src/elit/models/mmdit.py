@@ -1,0 +1,218 @@
+"""MM-DiT (Esser et al. 2024): an image stream and a text stream that attend to each other, with or without the latent
+interface.
+
+Each stream has its own blocks; attention runs over both together. Under ELIT the image stream passes the core as
+latents, and the text stream stays whole. Rotary positions turn the image stream alone: text stands at their origin, its
+order being in what the encoder gave. Shapes: B batch, N spatial tokens, K latents, X tokens of the image stream of
+either kind, L text tokens, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elit.conditions import Text
+from elit.errors import ElitError
+from elit.layers import Block, Modulation, QKNorm, Rotary, layer_norm, modulate, qk_norm_pair
+from elit.models.dit import DiT, DiTConfig
+
+
+@dataclass(frozen=True)
+class MMDiTConfig(DiTConfig):
+    """An MM-DiT: :class:`DiTConfig` without classes.
+
+    Attributes:
+        text_width: width of the text embeddings.
+        empty_length: tokens of the empty prompt, which guidance and training take for "no text".
+    """
+
+    num_classes: int = 0
+    text_width: int = 768
+    empty_length: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_classes:
+            raise ElitError(f"an MM-DiT is conditioned by text: num_classes must be 0, not {self.num_classes}")
+        if min(self.text_width, self.empty_length, self.depth) < 1:
+            raise ElitError(
+                f"text_width {self.text_width}, empty_length {self.empty_length} and depth {self.depth} must be at "
+                "least 1"
+            )
+
+
+class JointBlock(nn.Module):
+    """A DiT block for each stream, with one attention over both."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, qk_norm: QKNorm) -> None:
+        super().__init__()
+        self.image = Block(width, num_heads, mlp_ratio, qk_norm)
+        self.text = Block(width, num_heads, mlp_ratio, qk_norm)
+
+    def forward(self, x: Tensor, text: Tensor, c: Tensor, rope: Rotary | None, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, X, D), text (B, L, D), c (B, D), seen (B, 1, 1, X + L) -> x, text."""
+        image_parts, text_parts = self.image.modulation(c, 3), self.text.modulation(c, 3)
+        of_image = self.image.attention.project(self.image.before(x, image_parts), rope)
+        of_text = self.text.attention.project(self.text.before(text, text_parts))
+        q, k, v = (torch.cat(both, dim=2) for both in zip(of_image, of_text, strict=True))  # (B, H, X + L, d)
+        out = F.scaled_dot_product_attention(q, k, v, seen)
+        to_image, to_text = out.split((x.shape[1], text.shape[1]), dim=2)
+        x = self.image.after(x, self.image.attention.merge(to_image), image_parts)
+        return x, self.text.after(text, self.text.attention.merge(to_text), text_parts)
+
+
+class LastJointBlock(nn.Module):
+    """The last one: text is attended to and not changed, for nothing would read it."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, qk_norm: QKNorm) -> None:
+        super().__init__()
+        self.image = Block(width, num_heads, mlp_ratio, qk_norm)
+        self.text_norm = layer_norm(width)
+        self.text_modulation = Modulation(width, 2)
+        self.text_kv = nn.Linear(width, 2 * width)
+        _, self.text_k_norm = qk_norm_pair(qk_norm, width, num_heads)
+
+    def forward(self, x: Tensor, text: Tensor, c: Tensor, rope: Rotary | None, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """As :class:`JointBlock`."""
+        parts, (shift, scale), attention = self.image.modulation(c, 3), self.text_modulation(c, 3), self.image.attention
+        q, k, v = attention.project(self.image.before(x, parts), rope)
+        text_k, text_v = self.text_kv(modulate(self.text_norm(text), shift, scale)).chunk(2, dim=-1)
+        k = torch.cat((k, attention.heads(text_k, self.text_k_norm)), dim=2)  # (B, H, X + L, d)
+        v = torch.cat((v, attention.heads(text_v)), dim=2)
+        out = F.scaled_dot_product_attention(q, k, v, seen)
+        return self.image.after(x, attention.merge(out), parts), text
+
+
+class MMDiT(DiT):
+    """Velocity of x at time t for text y, at a budget of latents.
+
+    Args:
+        config: what to build. Weights are drawn from torch's global generator.
+
+    Attributes:
+        empty_prompt: embedding of the empty prompt (empty_length, text_width); zeros until :meth:`set_empty_prompt`.
+    """
+
+    config: MMDiTConfig
+    empty_prompt: Tensor
+
+    def build_stack(self) -> None:
+        config = self.config
+        kinds = [JointBlock] * (config.depth - 1) + [LastJointBlock]
+        self.blocks = nn.ModuleList(
+            kind(config.width, config.num_heads, config.mlp_ratio, config.qk_norm_kind) for kind in kinds
+        )
+        self.text_embed = nn.Linear(config.text_width, config.width)
+        self.pooled_embed = nn.Linear(config.text_width, config.width)
+        self.register_buffer("empty_prompt", torch.zeros(config.empty_length, config.text_width))
+
+    def forward(self, x: Tensor, t: Tensor, y: Text | None = None, budget: float | None = None) -> Tensor:  # type: ignore[override]
+        """Velocity of the same shape as x.
+
+        Args:
+            x: (B, C, H, W), or (B, C, T, H, W) for video, in the dtype of the weights.
+            t: (B,) in [0, 1], float32.
+            y: text of any length L; tokens in the dtype of the weights.
+            budget: fraction of the latents in (0, 1]; None is all of them.
+
+        Raises:
+            ElitError: a budget outside (0, 1] or without an interface, text that is missing or of another width, or a
+                size that does not fit.
+        """
+        level = self.level(budget)
+        size = self.check_input(x, None, self.patch)
+        text = self.check_text(y)
+        s = self.embed(x, size)  # (B, N, D)
+        words = self.text_embed(text.tokens)  # (B, L, D)
+        c = self.time_embed(t) + self.pooled_embed(mean_of(text))  # (B, D)
+
+        rope = self.spatial_rope(size, s.device)
+        core, tail, end = self.config.head_depth, self.config.depth - self.config.tail_depth, self.config.depth
+        if self.interface is None:
+            s, _ = self.run(0, end, s, words, c, rope, text.mask)
+            return self.project(s, c, size).view_as(x)
+        grid = self.interface.grid_of(size)
+        s, words = self.run(0, core, s, words, c, rope, text.mask)  # (B, N, D)
+        latents, spatial = self.interface.read(s, c, grid, level)  # (B, K, D)
+        at = self.interface.core_rope(grid, level, s.device)
+        latents, words = self.run(core, tail, latents, words, c, at, text.mask)
+        s = self.interface.write(latents, spatial, grid)  # (B, N, D)
+        s, _ = self.run(tail, end, s, words, c, rope, text.mask)
+        return self.project(s, c, size).view_as(x)
+
+    def run(
+        self, first: int, end: int, x: Tensor, words: Tensor, c: Tensor, rope: Rotary | None, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Blocks first..end - 1 on both streams, which see all of x and of the text what is no padding."""
+        seen = F.pad(mask, (x.shape[1], 0), value=True)[:, None, None]  # (B, 1, 1, X + L)
+        for block in self.blocks[first:end]:
+            x, words = block(x, words, c, rope, seen)
+        return x, words
+
+    # -------------------------------------------------------------------------------------------- text
+
+    @property
+    def conditional(self) -> bool:
+        return True
+
+    def check_text(self, y: Text | None) -> Text:
+        """A look at the shapes of text (never at its values).
+
+        Raises:
+            ElitError: it is missing, or of other shapes than the model takes.
+        """
+        width = self.config.text_width
+        if not isinstance(y, Text):
+            raise ElitError(f"the model needs text: Text(tokens (batch, length, {width}), mask (batch, length))")
+        if y.tokens.dim() != 3 or y.tokens.shape[2] != width or y.mask.shape != y.tokens.shape[:2]:
+            raise ElitError(
+                f"text has tokens of shape {tuple(y.tokens.shape)} and a mask of shape {tuple(y.mask.shape)}; the "
+                f"model takes (batch, length, {width}) and (batch, length)"
+            )
+        return y
+
+    def as_condition(self, given: object) -> Text:
+        text = self.check_text(given)  # type: ignore[arg-type]
+        return Text(text.tokens.to(self.device, self.dtype), text.mask.to(self.device, torch.bool))
+
+    def example_condition(self, batch_size: int) -> Text:
+        tokens = torch.zeros(batch_size, 77, self.config.text_width, device=self.device, dtype=self.dtype)
+        return Text(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=self.device))
+
+    def null_condition(self, y: Text) -> Text:  # type: ignore[override]
+        """The empty prompt for each of y, padded to their length.
+
+        Raises:
+            ElitError: y is shorter than the empty prompt.
+        """
+        batch, length = y.mask.shape
+        spare = length - self.config.empty_length
+        if spare < 0:
+            raise ElitError(f"text of {length} tokens is shorter than the empty prompt; pad it to {length - spare}")
+        tokens = F.pad(self.empty_prompt, (0, 0, 0, spare)).to(y.tokens).expand(batch, -1, -1)
+        return Text(tokens, (torch.arange(length, device=y.mask.device) < length - spare).expand(batch, -1))
+
+    def set_empty_prompt(self, text: Text) -> None:
+        """Takes the embedding of the empty prompt, from the encoder of the other prompts.
+
+        Args:
+            text: of one prompt; its padding is left out.
+
+        Raises:
+            ElitError: it has not ``empty_length`` tokens.
+        """
+        tokens = text.tokens[0, text.mask[0]]
+        if tokens.shape != self.empty_prompt.shape:
+            raise ElitError(
+                f"the empty prompt has shape {tuple(tokens.shape)}; for it build the model with "
+                f"empty_length={len(tokens)} and text_width={tokens.shape[1]}"
+            )
+        self.empty_prompt.copy_(tokens)
+
+
+def mean_of(text: Text) -> Tensor:
+    """The mean of what is no padding: (B, D_text)."""
+    weight = text.mask[..., None].to(text.tokens)
+    return (text.tokens * weight).sum(1) / weight.sum(1).clamp(min=1)

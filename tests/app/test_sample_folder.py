@@ -1,0 +1,164 @@
+"""Images in a folder: the same bytes whoever draws them, however often it is stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import randomize
+from elit import ElitError, create
+from elit.app.bulk import label_of
+from elit.app.sample import sample_images
+from elit.cli import main
+from elit.models import DiT
+
+COUNT, BATCH = 43, 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    net = create(
+        "ELIT-DiT-S/1", input_size=8, in_channels=1, num_classes=10, width=32, num_heads=2, depth=3, head_depth=1,
+        tail_depth=1, group_size=4,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("model") / "model"
+    assert isinstance(net, DiT)
+    randomize(net).save_pretrained(folder)
+    return folder
+
+
+def command(model: Path, out: Path, processes: int = 1) -> list[str]:
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    return [
+        *(*start, "elit", "sample", "--model", str(model), "--out", str(out), "--num-images", str(COUNT)),
+        *("--batch-size", str(BATCH), "--steps", "5", "--budget", "0.5", "--format", "both", "--labels", "random"),
+    ]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("whole") / "samples"
+    assert main(command(model, out)[3:]) == 0
+    return contents(out)
+
+
+def test_a_folder(whole: dict[str, bytes], tmp_path: Path) -> None:
+    assert len(whole) == COUNT + 2
+    for name in ("samples.npz", "000007.png"):
+        (tmp_path / name).write_bytes(whole[name])
+    archive = np.load(tmp_path / "samples.npz")
+    assert archive["arr_0"].shape == (COUNT, 8, 8, 3)
+    assert archive["arr_0"].dtype == np.uint8
+    assert archive["arr_1"].tolist() == [label_of(i, "random", 10, 0) for i in range(COUNT)]
+    image = Image.open(tmp_path / "000007.png")
+    assert (np.asarray(image.convert("RGB")) == archive["arr_0"][7]).all()
+    about = json.loads(image.info["elit"])
+    assert (about["index"], about["label"], about["budget"]) == (7, archive["arr_1"][7], 0.5)
+    assert json.loads(whole["settings.json"])["batch_size"] == BATCH
+
+
+def test_two_processes_killed_three_times(model: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "samples"
+    for wanted in (1, 12, 27):
+        processes = [
+            subprocess.Popen(
+                command(model, out),
+                env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            for rank in (0, 1)
+        ]
+        deadline = time.monotonic() + 60
+        while len(list(out.glob("??????.png"))) < wanted and time.monotonic() < deadline:
+            time.sleep(0.002)
+        for process in processes:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+    (out / ".000003.png.abcd.png").write_bytes(b"half")  # what a kill leaves
+    before = {p: p.stat().st_mtime_ns for p in out.glob("??????.png")}
+    subprocess.run(command(model, out, processes=2), check=True, capture_output=True)
+    assert contents(out) == whole
+    assert all(p.stat().st_mtime_ns == written for p, written in before.items())  # nothing is drawn twice
+
+
+def test_a_share_that_died_is_finished_by_another_number_of_processes(
+    model: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "samples"
+    env = os.environ | {"RANK": "1", "WORLD_SIZE": "3"}
+    alone = subprocess.run(command(model, out), check=True, capture_output=True, env=env)
+    assert b"images in" not in alone.stdout  # not complete
+    assert main(command(model, out)[3:]) == 0
+    assert contents(out) == whole
+
+
+def test_images_do_not_depend_on_how_many_there_are(model: Path, tmp_path: Path) -> None:
+    def run(count: int) -> Path:
+        return sample_images(str(model), tmp_path / "x", count, steps=3, batch_size=4, format="npz")
+
+    run(5)
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["samples.npz", "settings.json"]
+    few = np.load(tmp_path / "x" / "samples.npz")["arr_0"]
+    written = (tmp_path / "x" / "samples.npz").stat().st_mtime_ns
+    run(5)
+    assert (tmp_path / "x" / "samples.npz").stat().st_mtime_ns == written
+    run(11)
+    many = np.load(tmp_path / "x" / "samples.npz")["arr_0"]
+    assert many.shape[0] == 11
+    assert (many[:5] == few).all()
+
+
+def test_labels() -> None:
+    assert [label_of(i, "balanced", 3, 0) for i in range(5)] == [0, 1, 2, 0, 1]
+    assert [label_of(i, [4, 2], 9, 0) for i in range(3)] == [4, 2, 4]
+    drawn = torch.tensor([label_of(i, "random", 10, 0) for i in range(2000)])
+    assert drawn.bincount(minlength=10).min() > 150
+    assert drawn.tolist() != [label_of(i, "random", 10, 1) for i in range(2000)]
+
+
+def test_presets_are_read(model: Path, tmp_path: Path) -> None:
+    presets = sorted((Path(__file__).parents[2] / "configs/sample").glob("*.yaml"))
+    assert len(presets) >= 7
+    for preset in presets:
+        out = tmp_path / preset.stem
+        options = ["--model", str(model), "--out", str(out), "--num-images", "2", "--batch-size", "2", "--steps", "2"]
+        assert main(["sample", "--config", str(preset), *options]) == 0
+        assert np.load(out / "samples.npz")["arr_0"].shape == (2, 8, 8, 3)
+
+
+def test_refusals(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "samples"
+    sample_images(str(model), out, 2, steps=2, batch_size=2)
+    with pytest.raises(ElitError, match="holds images with steps 2, not 3; take the same settings"):
+        sample_images(str(model), out, 2, steps=3, batch_size=2)
+    with pytest.raises(ElitError, match="batch_size 2, not 4"):
+        sample_images(str(model), out, 2, steps=2, batch_size=4)
+    with pytest.raises(ElitError, match="label 10 does not exist"):
+        sample_images(str(model), tmp_path / "new", 2, labels=[1, 10], steps=2)
+    with pytest.raises(ElitError, match="threads is 0"):
+        sample_images(str(model), tmp_path / "new", 2, steps=2, threads=0)
+    with pytest.raises(ElitError, match="there is no device 'abacus'"):
+        sample_images(str(model), tmp_path / "new", 2, steps=2, device="abacus")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(ElitError, match=r"is not empty and has no settings\.json"):
+        sample_images(str(model), tmp_path / "other", 2, steps=2)
+    (out / "settings.json").write_text("{")
+    with pytest.raises(ElitError, match="is damaged"):
+        sample_images(str(model), out, 2, steps=2, batch_size=2)

@@ -1,0 +1,55 @@
+"""The backbones in miniature, and their stack once more as plain float64 loops."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import reference
+from conftest import TINY, randomize
+from elit.interface import InterfaceConfig
+from elit.models import HDiT, HDiTConfig, MMDiT, MMDiTConfig, Model, UViT, UViTConfig
+from elit.models.dit import Transformer
+
+ELASTIC: dict[str, tuple[type[Model], type, dict[str, Any]]] = {
+    "ELIT-UViT": (UViT, UViTConfig, {"depth": 8}),  # a skip in space, another in the core
+    "ELIT-UViT, deep head": (UViT, UViTConfig, {"depth": 8, "head_depth": 2, "tail_depth": 3}),  # all skips in space
+    "ELIT-HDiT": (HDiT, HDiTConfig, {"depth": 6, "inner_depth": 2}),
+    "ELIT-HDiT, all outer blocks in space": (HDiT, HDiTConfig, {"inner_depth": 2}),
+    "ELIT-MMDiT": (MMDiT, MMDiTConfig, {"num_classes": 0, "text_width": 24, "empty_length": 2}),
+}  # fmt: skip
+"""Model, configuration and its fields beside those of conftest.TINY."""
+
+Vectors = list[np.ndarray]
+Positions = list[Any]
+
+
+def tiny(name: str, **changes: Any) -> Any:
+    """A backbone in miniature, every weight random; ``interface=None`` makes it the plain one."""
+    model, config, fields = ELASTIC[name]
+    return randomize(model(config(**(TINY.__dict__ | fields | changes)))).eval()
+
+
+def video(name: str) -> Any:
+    """Clips of 4 x 8 x 8, in 4 windows of 2 x 2 x 4 tokens."""
+    return tiny(name, input_size=(4, 8, 8), patch_size=(1, 2, 2), interface=InterfaceConfig((2, 4, 2)))
+
+
+def plain_stack(
+    model: Transformer, tokens: Vectors, c: np.ndarray, level: int, blocks: Callable[..., Vectors]
+) -> Vectors:
+    """Head, Read, core, Write and tail of one sample; ``blocks(first, end, tokens, positions)`` is the backbone's."""
+    config = model.config
+    assert model.interface is not None
+    assert config.interface is not None
+    grid, weights = model.interface.grid, reference.part(reference.weights_of(model), "interface")
+    shared = (grid.size, grid.window, config.num_heads, config.rope_theta, False)
+    video = grid.size[0] > 1
+    places, core, tail = reference.places(grid.size, video), config.head_depth, config.depth - config.tail_depth
+    tokens = blocks(0, core, tokens, places)
+    latents = [latent for window in reference.read(weights, tokens, c, *shared, level) for latent in window]
+    at = [(j, *place) for place in reference.places(grid.shape, video) for j in range(level)]
+    latents = blocks(core, tail, latents, at)
+    by_window = [latents[g : g + level] for g in range(0, len(latents), level)]
+    tokens = reference.write(weights, tokens, by_window, *shared, config.interface.write_depth)
+    return blocks(tail, config.depth, tokens, places)

@@ -1,0 +1,36 @@
+"""The configurations of the paper's backbones and of video: they build, and cost what they say."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from elit.analysis import count_flops, on_meta
+from elit.models import config_for
+from elit.models.files import decode
+from elit.training import TrainConfig
+
+FOLDER = Path(__file__).parents[2] / "configs/train"
+KINDS = ("*uvit*", "*hdit*", "*kinetics*", "moving-digits")
+FILES = sorted(path for kind in KINDS for path in FOLDER.glob(f"{kind}.yaml"))
+
+
+def test_there_are_files() -> None:
+    assert len(FILES) == 15
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_configuration_builds_and_costs_what_it_says(path: Path) -> None:
+    text = path.read_text()
+    config = decode(TrainConfig, yaml.safe_load(text), path)
+    resolution = re.search(r"--resolution (\d+)", text)
+    fitted = {"input_size": (8, 16, 16), "in_channels": 1} if path.stem == "moving-digits" else {}
+    choice = config.model
+    model = on_meta(config_for(choice.name, int(resolution[1]) if resolution else 256, **(fitted | choice.fields)))
+    if "kinetics" in path.stem and model.interface is not None:
+        assert model.interface.grid.window == (2, 4, 4)
+    stated = re.search(r"# Cost: ([\d.]+) GFLOPs", text)
+    assert (stated is None) == (path.stem == "moving-digits")
+    if stated and not path.stem.endswith("-mb"):  # theirs is the mean over up to 61 levels
+        assert count_flops(model).flops / 1e9 == pytest.approx(float(stated[1]), abs=0.05)
