@@ -7,7 +7,6 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from runs import config
 from torch import Tensor
 
 import elit
@@ -17,6 +16,7 @@ from elit.data import ImageData, digits8
 from elit.models import create
 from elit.training import OptimizerConfig, TrainConfig, Trainer
 from elit.training.optim import lr_factor, make_ema, named_groups
+from runs import config
 
 ROOT = Path(__file__).parents[2]
 
