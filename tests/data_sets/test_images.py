@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from pictures import MODES, encoded, smooth
 from PIL import Image
 
 from elit.data.images import TRANSFORMS, CorruptImageError, read_rgb, to_pixels, to_signed
+from pictures import MODES, encoded, smooth
 
 
 def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

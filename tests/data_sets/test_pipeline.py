@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import write_pictures
 from PIL import Image
 
-from conftest import save_autoencoder
 from elit.app.prepare import prepare_convert, prepare_encode
+from pictures import write_pictures
+from small_autoencoder import save_autoencoder
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # bits may depend on the threads
 TINY = '{"width": 32, "depth": 3, "num_heads": 2, "head_depth": 1, "tail_depth": 1, "group_size": 2}'

@@ -5,7 +5,7 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
@@ -15,14 +15,37 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import Prepared
 from elit import ElitError
 from elit.app.prepare import prepare_convert, prepare_encode
 from elit.data import Data, EncodedFolder, ImageFolder, LatentShards, PublishedLatents, batch_indices, open_data
 from elit.data.sources import find_images
 from elit.seeding import generator
+from pictures import write_pictures
+from small_autoencoder import save_autoencoder
 
 INDICES = torch.tensor([50, 3, 20, 19, 41, 0])
+
+
+class Prepared(NamedTuple):
+    """A small data set at every stage."""
+
+    source: Path
+    corrupt: list[str]
+    images: Path
+    autoencoder: Path
+    latents: Path
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """60 files, three of them corrupt -> 57 images of 32x32 -> latents in three shards."""
+    root = tmp_path_factory.mktemp("prepared")
+    corrupt = write_pictures(root / "source", 60)
+    prepare_convert(str(root / "source"), root / "images", 32, workers=1)
+    save_autoencoder(root / "autoencoder")
+    options = {"shard_size": 20, "batch_size": 8, "workers": 0}
+    prepare_encode(str(root / "images"), root / "latents", str(root / "autoencoder"), **options)
+    return Prepared(root / "source", corrupt, root / "images", root / "autoencoder", root / "latents")
 
 
 def labels_file(folder: Path) -> dict[str, Any]:
