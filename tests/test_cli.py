@@ -128,7 +128,7 @@ def test_help() -> None:
         (("--num-images", "0"), "num_images and batch_size must be at least 1"),
         (("--guidance", "strong"), "guidance"),
         (("--guidance", "ccfg", "--guidance-budget", "2"), "the guidance budget is 2"),
-        (("--out", "x.jpg"), "it must be a .png file, or a folder"),
+        (("--out", "x.jpg"), "it must be a .png file, for clips .gif or .mp4, or a folder"),
         (("--colour", "red"), "colour"),
     ],
 )
