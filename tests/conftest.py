@@ -1,6 +1,6 @@
 """What the tests share: tiny models whose every weight is random, and a stand-in model that writes down its calls."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -81,5 +81,9 @@ class Recorder(Model):
 
 
 @pytest.fixture(autouse=True)
-def _fixed_global_seed() -> None:
+def _fixed_global_state() -> Iterator[None]:
+    """One seed for every test; and the number of threads, which decides bits, is not what another test left."""
+    threads = torch.get_num_threads()
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

@@ -473,6 +473,7 @@ def test_hub_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_load_says_what_it_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_model(golden("sit_tiny"), tmp_path / "saved")
+    caplog.clear()
     with caplog.at_level(logging.INFO, logger="elit"):
         elit.load(tmp_path / "saved")
         golden("elit_sit_tiny")
