@@ -29,9 +29,8 @@ def draw_figures(out: Path, results: dict[str, Any], pictures: dict[str, Any]) -
     for name, grid in pictures["grids"].items():
         table = [list(row) for row in zip(*grid, strict=True)]  # one row per image, one column per budget
         plots.save(plots.plot_image_table(table, headings, GUIDANCE_NAMES[name]), out / f"samples-{name}")
-    labels = [
-        f"{h} of the latents\n{row['flops_ratio']:.0%} of the FLOPs" for h, row in zip(headings, costs, strict=True)
-    ]
+    shares = ["all latents" if b == 1 else f"{budget_label(b)} of the latents" for b in budgets]
+    labels = [f"{share}\n{row['flops_ratio']:.0%} of the FLOPs" for share, row in zip(shares, costs, strict=True)]
     plots.save(plots.plot_overview(pictures["grids"]["cfg"], labels), out / "overview")
     relative = {
         "FLOPs": [row["flops_ratio"] for row in costs],
