@@ -46,8 +46,14 @@ def test_interrupt_saves_and_continues(tmp_path: Path, uninterrupted: dict[str, 
     assert contents(run) == uninterrupted
 
 
-def test_a_loop_left_early_continues(tmp_path: Path, uninterrupted: dict[str, object]) -> None:
-    run = tmp_path / "run"
+def whole_run(out: Path) -> dict[str, object]:
+    """What an uninterrupted run leaves in this very process, whose threads decide bits too."""
+    Trainer(config(out)).run_to_end()
+    return contents(out)
+
+
+def test_a_loop_left_early_continues(tmp_path: Path) -> None:
+    run, uninterrupted = tmp_path / "run", whole_run(tmp_path / "whole")
     for report in Trainer(config(run)):
         if report.step == 25:
             break
@@ -55,8 +61,9 @@ def test_a_loop_left_early_continues(tmp_path: Path, uninterrupted: dict[str, ob
     assert contents(run) == uninterrupted
 
 
-def test_a_later_run_starts_from_another(tmp_path: Path, uninterrupted: dict[str, object]) -> None:
+def test_a_later_run_starts_from_another(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
+    uninterrupted = whole_run(tmp_path / "whole")
     for report in Trainer(config(first, keep_checkpoints=9)):
         if report.step == 30:
             break
