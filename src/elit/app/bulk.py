@@ -131,8 +131,9 @@ def _finish(folder: Path, count: int, labels_of: Callable[[Sequence[int]], list[
     with alone_in(folder):
         if kind != "png" and _archived(folder) < count:
             _write_archive(folder, count, labels_of)
-        for path in folder.glob(".*.png.*"):  # left by processes that were killed
-            path.unlink(missing_ok=True)
+        for half_written in (".*.png.*", f".{SETTINGS}.*", f".{ARCHIVE}.*"):  # left by processes that were killed
+            for path in folder.glob(half_written):
+                path.unlink(missing_ok=True)
         if kind == "npz":
             for index in present(folder):
                 (folder / _name(index)).unlink()
