@@ -18,6 +18,7 @@ from elit.app.analyze import analyze_attention, analyze_budgets, analyze_cost, a
 from elit.app.convert import convert_model
 from elit.app.evaluate import evaluate, evaluate_compare, evaluate_reference
 from elit.app.info import info
+from elit.app.plan import plan
 from elit.app.prepare import prepare_convert, prepare_encode
 from elit.app.quickstart import quickstart
 from elit.app.sample import sample_images
@@ -29,6 +30,7 @@ VERBS: dict[str, Callable[..., object]] = {
     "quickstart": quickstart,
     "train": train,
     "sample": sample_images,
+    "plan": plan,
     "evaluate": evaluate,
     "evaluate-reference": evaluate_reference,
     "evaluate-compare": evaluate_compare,

@@ -5,6 +5,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,24 +94,25 @@ def count_flops(model: Model, budget: float | None = None) -> Cost:
 def measure_latency(
     model: Model, budgets: list[float | None], batch_size: int, repeats: int = 20, warmup: int = 3
 ) -> list[Latency]:
-    """Times a forward at several budgets, in turns, so that a busy moment of the machine meets all of them."""
-    device = model.device
+    """Times a forward at several budgets, in turns."""
     x, t = model.example(batch_size)
     y = model.example_condition(batch_size)
+    return time_in_turns([partial(model, x, t, y, budget=budget) for budget in budgets], model.device, repeats, warmup)
 
-    def run(budget: float | None) -> float:
-        _synchronize(device)
-        start = time.perf_counter()
-        model(x, t, y, budget=budget)
-        _synchronize(device)
-        return time.perf_counter() - start
 
-    seconds: list[list[float]] = [[] for _ in budgets]
+def time_in_turns(
+    runs: Sequence[Callable[[], object]], device: torch.device, repeats: int, warmup: int
+) -> list[Latency]:
+    """Times several things, one after the other and again, so that a busy moment of the machine meets all of them."""
+    seconds: list[list[float]] = [[] for _ in runs]
     for turn in range(warmup + repeats):
-        for i, budget in enumerate(budgets):
-            elapsed = run(budget)
+        for run, times in zip(runs, seconds, strict=True):
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
             if turn >= warmup:
-                seconds[i].append(elapsed)
+                times.append(time.perf_counter() - start)
     quartiles = [statistics.quantiles(s, n=4, method="inclusive") for s in seconds]
     return [Latency(median, low, high) for low, median, high in quartiles]
 
@@ -199,6 +201,7 @@ def sampling_flops(model: Model, steps: int, budget: Budget | None = None, guida
     return sum(flops[each] for each in strong + weak)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits until a device has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -242,3 +242,26 @@ def _show(axes: Axes, image: Tensor) -> None:
     axes.imshow(pixels.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
     axes.set_xticks([])
     axes.set_yticks([])
+
+
+@mpl.rc_context(STYLE)
+def plot_plan(schedules: Mapping[str, Sequence[float]]) -> Figure:
+    """Budgets of equal steps from noise to data, one staircase per schedule."""
+    figure, axes = plt.subplots(figsize=(5.5, 3.4))
+    for (name, budgets), (colour, _), dash in zip(schedules.items(), STYLES, ("-", "--", ":"), strict=False):
+        times = [1 - step / len(budgets) for step in range(len(budgets) + 1)]
+        axes.stairs(
+            list(budgets)[::-1],
+            times[::-1],
+            baseline=None,
+            color=colour,
+            linestyle=dash,
+            linewidth=1.8,
+            label=f"{name}: {len(budgets)} steps",
+        )
+    axes.set_xlim(1, 0)
+    axes.set_ylim(0, 1.05)
+    axes.set_xlabel("noise level t (1 is noise, 0 is data)")
+    axes.set_ylabel("budget (fraction of latents)")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=1)
+    return figure

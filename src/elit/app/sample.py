@@ -5,6 +5,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from torch import Tensor
 
+from elit.analysis.plan import Plan
 from elit.app.bulk import Labels, draw_folder, label_of
 from elit.app.images import to_frames, to_grid
 from elit.app.processes import this_process
@@ -65,6 +67,7 @@ def sample_images(
     guidance_budget: float | None = None,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     path: Literal["linear", "cosine"] = "linear",
+    plan: Path | None = None,
     weights: Literal["ema", "raw"] = "ema",
     autoencoder: str = "stabilityai/sd-vae-ft-ema",
     format: Literal["png", "npz", "both"] = "png",
@@ -94,6 +97,7 @@ def sample_images(
         guidance_budget: budget of the weak term of ccfg and ag; default the lowest.
         guidance_interval: times between which guidance is on; noise is 1, data is 0.
         path: the path that the model was trained on.
+        plan: a file of elit plan, in place of the steps, solver, budget, guidance and path.
         weights: of a run, the moving average or the raw weights.
         autoencoder: a diffusers autoencoder that decodes, for models on latents.
         format: what a folder gets: one PNG per image, samples.npz in the layout of the ADM suite, or both.
@@ -119,10 +123,17 @@ def sample_images(
     chosen = None
     if guidance != "none":
         chosen = Guidance(guidance, guidance_scale, guidance_budget, guidance_interval)
+    how = {"steps": steps, "solver": solver, "budget": parse_budget(budget), "guidance": chosen, "path": path}
+    if plan is not None:
+        followed = _follow(plan, settings)
+        how, chosen = followed.arguments(), followed.guidance
+        settings |= how
 
     process = None if single else this_process(device, threads)
     device = str(process.device) if process else _grid_device(device)
     net = load(model, weights=weights, device=device)
+    if plan is not None and followed.stamp["model"] != weights_digest(net):
+        raise ElitError(f"{plan} was made for other weights than those of {model}; run elit plan for this model")
     is_video = len(net.input_shape()) == 4
     if is_video != (suffix in VIDEO):
         raise ElitError(
@@ -147,13 +158,9 @@ def sample_images(
             net,
             condition_of(indices),
             seeds=[seed + i for i in indices],
-            steps=steps,
-            solver=solver,
-            budget=parse_budget(budget),
-            guidance=chosen,
-            path=path,
             batch_size=batch_size,
             progress=progress,
+            **how,
         )
         return images if decoder is None else decode(images, decoder)
 
@@ -169,6 +176,19 @@ def sample_images(
     if draw_folder(out, json.loads(json.dumps(settings, default=str)), draw, labels_of, format, process):
         console.print(f"{num_images} images in {out}")
     return out
+
+
+def _follow(path: Path, settings: dict[str, Any]) -> Plan:
+    """The plan, which leaves nothing of what it sets to the other options.
+
+    Raises:
+        ElitError: another option sets it too, or the file is no plan.
+    """
+    defaults = {key: value.default for key, value in signature(sample_images).parameters.items()}
+    for key in ("steps", "solver", "budget", "path", *(key for key in settings if key.startswith("guidance"))):
+        if settings[key] != defaults[key]:
+            raise ElitError(f"{key} is set by the plan {path}; leave --{key.replace('_', '-')} out")
+    return Plan.load(path)
 
 
 def _write_file(out: Path, settings: dict[str, Any], draw: Callable[[], Tensor], is_video: bool) -> None:

@@ -54,6 +54,10 @@ class Guidance:
         low, high = self.interval
         return (low <= t) & (t <= high) & (self.scale > 1)
 
+    def combine(self, v_cond: Tensor, v_weak: Tensor) -> Tensor:
+        """The guided velocity."""
+        return v_weak + self.scale * (v_cond - v_weak)
+
     @property
     def drops_class(self) -> bool:
         return self.kind != "ag"
@@ -109,6 +113,6 @@ def model_velocity(
         else:
             v_cond = run(inputs, t, y, budget, step)
             v_weak = run(inputs, t, null if guidance.drops_class else y, weak, step)
-        return torch.where(on.to(x.device), v_weak + guidance.scale * (v_cond - v_weak), v_cond)
+        return torch.where(on.to(x.device), guidance.combine(v_cond, v_weak), v_cond)
 
     return velocity

@@ -1,0 +1,230 @@
+"""The planner: steps, a budget for each, and the weak budget of guidance that come closest to the full model within a
+cost.
+
+Of a number of steps S, the predicted error of a sample is ``sqrt(D(S)^2 + (sum_s dt e(t_s, J~_s))^2)``: the error D of
+too few steps and that of lower budgets are independent, while the errors of a trajectory's steps add up (they mostly
+point the same way; the sum is what they can be at most). For one S that is a knapsack: of each step one level, least
+error within the cost. It is small enough to be solved exactly, by dynamic programming over costs in units of a
+4000th of the limit; a Lagrangian sweep would find only the convex hull of its solutions.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from elit.analysis.calibration import Calibration, Option, guidance_from, root_mean_square
+from elit.analysis.cost import Latency, time_in_turns
+from elit.atomic import atomic_file
+from elit.conditions import Condition
+from elit.errors import ElitError
+from elit.flow import Guidance, sample
+from elit.flow.solvers import time_grid
+from elit.models import Model
+
+CostKind = Literal["seconds", "flops"]
+STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 24, 28, 32, 36, 40, 48, 56, 64)
+MIN_STEPS = 4  # of fewer, the discretisation error is no guide to quality
+COST_UNITS = 4000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to sample. ``sample(model, labels, **plan.arguments())`` follows it.
+
+    Attributes:
+        budgets: of the strong term, one per step.
+        guidance: with its weak budget; None is none.
+        solver: the calibrated one.
+        path: likewise.
+        seconds: predicted, of a call that samples one batch of the calibrated size.
+        flops: of one sample, all steps and terms.
+        error: predicted root mean square distance to the sample of full budget and many steps.
+        stamp: the calibration's.
+    """
+
+    budgets: list[float]
+    guidance: Guidance | None
+    solver: str
+    path: str
+    seconds: float
+    flops: int
+    error: float
+    stamp: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        return len(self.budgets)
+
+    def arguments(self) -> dict[str, Any]:
+        """Of :func:`elit.sample`."""
+        return {
+            "steps": self.steps,
+            "budget": self.budgets,
+            "guidance": self.guidance,
+            "solver": self.solver,
+            "path": self.path,
+        }
+
+    def save(self, path: Path) -> None:
+        """Raises:
+        ElitError: it cannot be written.
+        """
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Plan":
+        """Raises:
+        ElitError: the file is not there, or no plan.
+        """
+        try:
+            values = json.loads(Path(path).read_text())
+            return cls(**{**values, "guidance": guidance_from(values["guidance"])})
+        except OSError as error:
+            raise ElitError(f"cannot read the plan {path}: {error.strerror or error}") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ElitError(f"{path} is no plan of elit plan, or a damaged one") from error
+
+
+def predict(calibration: Calibration, option: Option, levels: Sequence[int]) -> Plan:
+    """Cost and error of a schedule: one level per step, of those that are calibrated."""
+    costs, flops, errors = (_table(calibration, option, len(levels), kind) for kind in ("seconds", "flops", "error"))
+    at = range(len(levels)), [calibration.levels.index(level) for level in levels]
+    of_budgets = errors[at].sum()
+    return Plan(
+        budgets=[level / calibration.levels[-1] for level in levels],
+        guidance=option.guidance,
+        solver=calibration.solver,
+        path=calibration.stamp["path"],
+        seconds=float(costs[at].sum()) + calibration.overhead,
+        flops=int(flops[at].sum()),
+        error=float(np.hypot(calibration.discretisation(len(levels)), of_budgets)),
+        stamp=calibration.stamp,
+    )
+
+
+def constant(calibration: Calibration, option: Option, level: int, steps: int) -> Plan:
+    """One level for all steps."""
+    return predict(calibration, option, [level] * steps)
+
+
+def solve(calibration: Calibration, limit: float, cost: CostKind = "seconds", min_steps: int = MIN_STEPS) -> Plan:
+    """The plan of least predicted error whose cost stays within the limit.
+
+    Args:
+        limit: seconds of a call for one batch of the calibrated size, or FLOPs of a sample.
+
+    Raises:
+        ElitError: nothing is that cheap; the cheapest possible is named.
+    """
+    counts = [steps for steps in STEPS if steps >= min_steps]
+    if not counts:
+        raise ElitError(f"min_steps is {min_steps}; plans have up to {STEPS[-1]} steps")
+    plans = [
+        predict(calibration, option, levels)
+        for option in calibration.options
+        for steps in counts
+        if (levels := _schedule(calibration, option, steps, limit, cost)) is not None
+    ]
+    if not plans:
+        cheapest = min(
+            (constant(calibration, option, calibration.levels[0], counts[0]) for option in calibration.options),
+            key=lambda plan: getattr(plan, cost),
+        )
+        raise ElitError(
+            f"nothing costs {cost_text(limit, cost)} or less; the least is {cost_text(getattr(cheapest, cost), cost)}: "
+            f"{counts[0]} steps at budget {cheapest.budgets[0]:.4g}"
+        )
+    return min(plans, key=lambda plan: (plan.error, getattr(plan, cost)))
+
+
+def fewer_steps(calibration: Calibration, limit: float, cost: CostKind = "seconds") -> Plan | None:
+    """What one would do without budgets: full budget, guided as asked, as many steps as the limit allows."""
+    plans = (constant(calibration, calibration.options[0], calibration.levels[-1], steps) for steps in STEPS)
+    return max((p for p in plans if getattr(p, cost) <= limit), key=lambda plan: plan.steps, default=None)
+
+
+def constant_budget(calibration: Calibration, limit: float, steps: int, cost: CostKind = "seconds") -> Plan | None:
+    """What one would do without a planner: the usual steps, and one budget for all of them that the limit allows."""
+    plans = (constant(calibration, calibration.options[0], level, steps) for level in calibration.levels)
+    return max((p for p in plans if getattr(p, cost) <= limit), key=lambda plan: plan.budgets[0], default=None)
+
+
+def measure_seconds(
+    model: Model, labels: Condition | Sequence[int] | None, plans: Sequence[Plan], batch_size: int, rounds: int = 9
+) -> list[Latency]:
+    """Of sampling one batch as each plan says: in turns, so that a busy moment of the machine meets all of them."""
+
+    def run(plan: Plan) -> None:
+        sample(model, labels, seeds=range(batch_size), batch_size=batch_size, **plan.arguments())
+
+    return time_in_turns([partial(run, plan) for plan in plans], model.device, rounds, warmup=2)
+
+
+def measure_error(samples: Tensor, reference: Tensor) -> float:
+    """What a plan predicts: the distance between samples (B, C, H, W) of the same noise, per element."""
+    return root_mean_square(samples - reference)
+
+
+def cost_text(value: float, cost: CostKind) -> str:
+    """``80.1 ms`` or ``12.3 GFLOPs``."""
+    return f"{value * 1e3:.3g} ms" if cost == "seconds" else f"{value / 1e9:.3g} GFLOPs"
+
+
+def _schedule(calibration: Calibration, option: Option, steps: int, limit: float, cost: CostKind) -> list[int] | None:
+    """The levels of least error within the limit, or None where the lowest level is too dear."""
+    left = limit - (calibration.overhead if cost == "seconds" else 0)
+    costs = _table(calibration, option, steps, cost)
+    if costs.min(axis=1).sum() > left:
+        return None
+    chosen = knapsack(costs / left, _table(calibration, option, steps, "error"))
+    return None if chosen is None else [calibration.levels[i] for i in chosen]
+
+
+def knapsack(costs: np.ndarray, errors: np.ndarray, units: int = COST_UNITS) -> list[int] | None:
+    """One column of each row, with the least sum of errors whose costs sum to 1 at most; None where there is none.
+
+    Costs are rounded up to ``1 / units``, so that the sum never exceeds 1.
+
+    Args:
+        costs: (rows, columns), positive.
+        errors: (rows, columns).
+    """
+    whole = np.ceil(costs * units - 1e-9).astype(int)
+    best, choices = np.zeros(units + 1), []
+    for cost, error in zip(whole, errors, strict=True):
+        options = np.full((len(cost), units + 1), np.inf)
+        for column, c in enumerate(cost):
+            if c <= units:
+                options[column, c:] = best[: units + 1 - c] + error[column]
+        choices.append(options.argmin(axis=0))
+        best = options.min(axis=0)
+    if not np.isfinite(best[-1]):
+        return None
+    at, chosen = units, []
+    for cost, choice in zip(whole[::-1], choices[::-1], strict=True):
+        chosen.append(int(choice[at]))
+        at -= cost[chosen[-1]]
+    return chosen[::-1]
+
+
+def _table(
+    calibration: Calibration, option: Option, steps: int, kind: Literal["seconds", "flops", "error"]
+) -> np.ndarray:
+    """Of every step at every level: (steps, levels)."""
+    times = time_grid(calibration.solver, steps)
+    evaluations = [2 if calibration.solver == "heun" and step < steps - 1 else 1 for step in range(steps)]
+    rows = []
+    for t, t_next, count in zip(times[:-1], times[1:], evaluations, strict=True):
+        if kind == "error":
+            rows.append(float(t - t_next) * calibration.errors_at(option, float(t)))
+            continue
+        guided = option.guidance is not None and bool(option.guidance.active(t))
+        rows.append(count * np.array(getattr(option if guided else calibration, kind)))
+    return np.array(rows)
