@@ -144,16 +144,24 @@ def solve(calibration: Calibration, limit: float, cost: CostKind = "seconds", mi
     return min(plans, key=lambda plan: (plan.error, getattr(plan, cost)))
 
 
-def fewer_steps(calibration: Calibration, limit: float, cost: CostKind = "seconds") -> Plan | None:
-    """What one would do without budgets: full budget, guided as asked, as many steps as the limit allows."""
-    plans = (constant(calibration, calibration.options[0], calibration.levels[-1], steps) for steps in STEPS)
-    return max((p for p in plans if getattr(p, cost) <= limit), key=lambda plan: plan.steps, default=None)
+def alternatives(calibration: Calibration, limit: float, steps: int, cost: CostKind = "seconds") -> dict[str, Plan]:
+    """What one would do within the limit without a planner, guided as asked, by name; those that exist.
 
+    ``constant budget``: the usual ``steps`` at the highest budget that they leave. ``best constant budget``: the steps
+    and the one budget of least predicted error. ``fewer steps``: full budget.
+    """
+    option = calibration.options[0]
 
-def constant_budget(calibration: Calibration, limit: float, steps: int, cost: CostKind = "seconds") -> Plan | None:
-    """What one would do without a planner: the usual steps, and one budget for all of them that the limit allows."""
-    plans = (constant(calibration, calibration.options[0], level, steps) for level in calibration.levels)
-    return max((p for p in plans if getattr(p, cost) <= limit), key=lambda plan: plan.budgets[0], default=None)
+    def within(counts: Sequence[int]) -> list[Plan]:
+        plans = (constant(calibration, option, level, n) for level in calibration.levels for n in counts)
+        return [plan for plan in plans if getattr(plan, cost) <= limit]
+
+    found = {
+        "constant budget": max(within([steps]), key=lambda p: p.budgets[0], default=None),
+        "best constant budget": min(within(STEPS), key=lambda p: p.error, default=None),
+        "fewer steps": max((p for p in within(STEPS) if p.budgets[0] == 1), key=lambda p: p.steps, default=None),
+    }
+    return {name: plan for name, plan in found.items() if plan is not None}
 
 
 def measure_seconds(

@@ -248,7 +248,7 @@ def _show(axes: Axes, image: Tensor) -> None:
 def plot_plan(schedules: Mapping[str, Sequence[float]]) -> Figure:
     """Budgets of equal steps from noise to data, one staircase per schedule."""
     figure, axes = plt.subplots(figsize=(5.5, 3.4))
-    for (name, budgets), (colour, _), dash in zip(schedules.items(), STYLES, ("-", "--", ":"), strict=False):
+    for (name, budgets), (colour, _), dash in zip(schedules.items(), STYLES, ("-", "--", ":", "-."), strict=False):
         times = [1 - step / len(budgets) for step in range(len(budgets) + 1)]
         axes.stairs(
             list(budgets)[::-1],

@@ -18,10 +18,9 @@ from elit.analysis.plan import (
     MIN_STEPS,
     CostKind,
     Plan,
+    alternatives,
     constant,
-    constant_budget,
     cost_text,
-    fewer_steps,
     measure_error,
     measure_seconds,
     solve,
@@ -131,12 +130,11 @@ def plan(
     found = solve(known, limit, cost, min_steps)
     found.save(out)
 
-    rows = [Row(f"full budget, {steps} steps", reference), Row("plan", found)]
-    rows += [Row("constant budget", p)] if (p := constant_budget(known, limit, steps, cost)) else []
-    rows += [Row("full budget, fewer steps", p)] if (p := fewer_steps(known, limit, cost)) else []
+    rows = [Row("full budget", reference), Row("plan", found)]
+    rows += [Row(name, other) for name, other in alternatives(known, limit, steps, cost).items()]
     if measure:
         _measure(rows, net, labels, batch_size, seed, judged)
-    _print(console, rows, known, cost_text(limit, cost), batch_size)
+    _print(console, rows, cost_text(limit, cost), batch_size)
     _write_results(out.with_name(f"{out.stem}-results.json"), rows, {"cost": cost, "limit": limit})
     _draw(out, rows)
     measured = rows[1].seconds
@@ -230,12 +228,10 @@ def _measure(
         row.quality = quality(row.plan) if quality else None
 
 
-def _print(console: Console, rows: list[Row], known: Calibration, target: str, batch_size: int) -> None:
-    images = "an image" if batch_size == 1 else f"a batch of {batch_size}"
+def _print(console: Console, rows: list[Row], target: str, batch_size: int) -> None:
     table = Table(title=f"target {target}", title_justify="left")
-    for heading in ("", "steps", "budget", "weak", "GFLOPs", "ms predicted", "measured", "error predicted", "measured"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for heading in rows[0].quality or {}:
+    table.add_column("")
+    for heading in ("steps", "budget", "weak", "GFLOPs", "ms", "error", *(rows[0].quality or {})):
         table.add_column(heading.replace("_", " "), justify="right")
     for row in rows:
         p = row.plan
@@ -244,20 +240,24 @@ def _print(console: Console, rows: list[Row], known: Calibration, target: str, b
         table.add_row(
             row.name,
             str(p.steps),
-            f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}",
+            f"{low:.3g}" if low == high else f"{low:.3g}..{high:.3g}",
             weak,
             f"{p.flops / 1e9:.4g}",
-            f"{p.seconds * 1e3:.4g}",
-            "-" if row.seconds is None else f"{row.seconds * 1e3:.4g}",
-            f"{p.error:.4f}",
-            "-" if row.error is None else f"{row.error:.4f}",
+            _beside(p.seconds * 1e3, row.seconds and row.seconds * 1e3),
+            _beside(p.error, row.error),
             *(f"{value:.4g}" for value in (row.quality or {}).values()),
         )
-    table.caption = (
-        f"latency of {images}, all steps, without decoding; GFLOPs of one image, 1 MAC = 2 FLOPs; error: root mean "
-        f"square distance to {REFERENCE_STEPS} steps at full budget"
-    )
     console.print(table)
+    images = "an image" if batch_size == 1 else f"a batch of {batch_size}"
+    told = "predicted / measured" if rows[0].seconds else "predicted"
+    console.print(
+        f"ms and error: {told}; ms of {images}, all steps, without decoding; GFLOPs of one image (1 MAC = 2 "
+        f"FLOPs); weak: budget of the weak term of guidance; error: root mean square distance to {REFERENCE_STEPS} steps at full budget"
+    )
+
+
+def _beside(predicted: float, measured: float | None) -> str:
+    return f"{predicted:.3g}" if measured is None else f"{predicted:.3g} / {measured:.3g}"
 
 
 def _write_results(path: Path, rows: list[Row], target: dict[str, Any]) -> None:
@@ -269,5 +269,4 @@ def _write_results(path: Path, rows: list[Row], target: dict[str, Any]) -> None:
 def _draw(out: Path, rows: list[Row]) -> None:
     from elit.analysis.plots import plot_plan, save
 
-    shown = [row for row in rows[1:] if row.plan.steps > 1]
-    save(plot_plan({row.name: row.plan.budgets for row in shown}), out.with_suffix(".png"))
+    save(plot_plan({row.name: row.plan.budgets for row in rows[1:]}), out.with_suffix(".png"))

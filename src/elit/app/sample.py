@@ -123,7 +123,13 @@ def sample_images(
     chosen = None
     if guidance != "none":
         chosen = Guidance(guidance, guidance_scale, guidance_budget, guidance_interval)
-    how: dict[str, Any] = {"steps": steps, "solver": solver, "budget": parse_budget(budget), "guidance": chosen, "path": path}
+    how: dict[str, Any] = {
+        "steps": steps,
+        "solver": solver,
+        "budget": parse_budget(budget),
+        "guidance": chosen,
+        "path": path,
+    }
     if plan is not None:
         followed = _follow(plan, settings)
         how, chosen = followed.arguments(), followed.guidance

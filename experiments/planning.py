@@ -1,0 +1,121 @@
+"""Does a planned schedule beat one budget for all steps, and fewer steps, at the same FLOPs?
+
+    elit quickstart
+    python experiments/planning.py
+
+On the quickstart's model, with and without guidance; every seed draws other noise. FLOPs rather than latency, so that
+the comparison does not depend on how busy the machine is.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import elit
+from elit.analysis.calibration import calibrate
+from elit.analysis.environment import environment
+from elit.analysis.plan import Plan, alternatives, constant, measure_error, solve
+from elit.atomic import atomic_file
+from elit.data import digits
+from elit.evaluation import Judge, train_classifier
+
+T_975 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # Student's t, by the number of seeds
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half of its 95 % interval over seeds."""
+    return statistics.mean(values), T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+
+
+def measure(model: Any, judge: Judge, plans: dict[str, Plan], seed: int, count: int) -> dict[str, dict[str, float]]:
+    """Quality of each plan's samples from one noise, and their distance to the first plan's."""
+    labels = torch.arange(count) % 10
+    seeds = range((seed + 1) * 10**6, (seed + 1) * 10**6 + count)
+    found, reference = {}, None
+    for name, plan in plans.items():
+        samples = elit.sample(model, labels, seeds=seeds, batch_size=250, **plan.arguments())
+        reference = samples if reference is None else reference
+        quality = judge(samples, labels)
+        error = measure_error(samples, reference)
+        found[name] = {"error": error, "frechet": quality.frechet_distance, "accuracy": quality.accuracy}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="runs/quickstart/run")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments/planning.json"))
+    parser.add_argument("--steps", type=int, default=16, help="of full and of constant budget")
+    parser.add_argument("--speedups", type=float, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--seeds", type=int, default=3, choices=sorted(T_975))
+    parser.add_argument("--num-samples", type=int, default=1000)
+    options = parser.parse_args()
+
+    model = elit.load(options.model)
+    train = digits()
+    judge = Judge(train_classifier(train), train)
+    console, results = Console(soft_wrap=True), []
+    for guidance in (None, elit.Guidance("cfg", 2.0)):
+        calibration = calibrate(model, list(range(10)), guidance=guidance)
+        full = constant(calibration, calibration.options[0], calibration.levels[-1], options.steps)
+        plans = {"full, 64 steps": constant(calibration, calibration.options[0], calibration.levels[-1], 64)}
+        plans[f"full, {options.steps} steps"] = full
+        for speedup in options.speedups:
+            limit = full.flops / speedup
+            plans[f"1/{speedup:g}: plan"] = solve(calibration, limit, "flops")
+            others = alternatives(calibration, limit, options.steps, "flops")
+            plans |= {f"1/{speedup:g}: {name}": plan for name, plan in others.items()}
+        by_seed = [measure(model, judge, plans, seed, options.num_samples) for seed in range(options.seeds)]
+
+        table = Table(title="no guidance" if guidance is None else f"CFG {guidance.scale:g}", title_justify="left")
+        for heading in (
+            "cost and method",
+            "steps",
+            "budget",
+            "GFLOPs",
+            "error predicted",
+            "error",
+            "Frechet",
+            "accuracy",
+        ):
+            table.add_column(heading, justify="left" if heading == "cost and method" else "right")
+        for name, plan in plans.items():
+            values = {
+                key: interval([found[name][key] for found in by_seed]) for key in ("error", "frechet", "accuracy")
+            }
+            low, high = min(plan.budgets), max(plan.budgets)
+            table.add_row(
+                name,
+                str(plan.steps),
+                f"{low:.3g}" if low == high else f"{low:.3g}..{high:.3g}",
+                f"{plan.flops / 1e9:.3f}",
+                f"{plan.error:.4f}",
+                *("{:.4f} ± {:.4f}".format(*values["error"]), "{:.2f} ± {:.2f}".format(*values["frechet"])),
+                "{:.3f} ± {:.3f}".format(*values["accuracy"]),
+            )
+            results.append(
+                {
+                    "guidance": None if guidance is None else guidance.scale,
+                    "name": name,
+                    "steps": plan.steps,
+                    "budgets": plan.budgets,
+                    "weak": plan.guidance and (plan.guidance.kind, plan.guidance.budget),
+                    "flops": plan.flops,
+                    "predicted_error": plan.error,
+                    "by_seed": [found[name] for found in by_seed],
+                }
+            )
+        console.print(table)
+        with atomic_file(options.out) as temporary:
+            temporary.write_text(json.dumps({"results": results, "environment": environment()}, indent=2) + "\n")
+    console.print(f"all numbers: {options.out}")
+
+
+if __name__ == "__main__":
+    main()

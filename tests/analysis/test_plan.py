@@ -1,0 +1,202 @@
+"""The planner: its knapsack against all combinations, what it measures against samples, what it predicts and keeps."""
+
+import itertools
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import elit
+from conftest import tiny
+from elit import Guidance
+from elit.analysis import calibration as calibrating
+from elit.analysis.calibration import Calibration, Option, calibrate, thinned
+from elit.analysis.plan import Plan, alternatives, constant, knapsack, predict, solve
+from elit.errors import ElitError
+from elit.models import Model
+
+LABELS = [3, 1, 4]
+CFG = Guidance("cfg", scale=2.5)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def plain(model: Model) -> Calibration:
+    return calibrate(model, LABELS, num_samples=3)
+
+
+@pytest.fixture(scope="module")
+def guided(model: Model) -> Calibration:
+    return calibrate(model, LABELS, num_samples=3, guidance=CFG)
+
+
+def made(seed: int = 0, guidance: Guidance | None = None) -> Calibration:
+    """A calibration with random costs and errors, which fall and rise as they do in models."""
+    rng = np.random.default_rng(seed)
+    seconds = np.sort(rng.uniform(0.5, 2, 4)).tolist()
+    errors = -np.sort(-rng.uniform(0.01, 1, (3, 3)))
+    table = np.hstack([errors, np.zeros((3, 1))]).tolist()
+    flops = [10, 20, 30, 40]
+    return Calibration(
+        levels=[1, 2, 3, 4],
+        times=[1.0, 0.6, 0.2],
+        options=[Option(guidance, table, [2 * s for s in seconds], [2 * f for f in flops])],
+        seconds=seconds,
+        flops=flops,
+        overhead=0.25,
+        step_counts=[2, 8, 32],
+        step_errors=[0.4, 0.1, 0.02],
+        solver="euler",
+        stamp={"path": "linear"},
+    )
+
+
+@given(
+    st.integers(1, 4).flatmap(
+        lambda columns: st.lists(
+            st.lists(st.tuples(st.integers(1, 40), st.floats(0, 1)), min_size=columns, max_size=columns),
+            min_size=1,
+            max_size=5,
+        )
+    )
+)
+def test_knapsack_finds_what_trying_everything_finds(rows: list[list[tuple[int, float]]]) -> None:
+    """Costs are whole units, so nothing is rounded."""
+    costs, errors = (np.array([[cell[i] for cell in row] for row in rows], dtype=float) for i in (0, 1))
+    at = list(range(len(rows)))
+    every = [list(c) for c in itertools.product(range(costs.shape[1]), repeat=len(rows))]
+    fitting = [c for c in every if costs[at, c].sum() <= 60]
+    chosen = knapsack(costs / 60, errors, units=60)
+    if not fitting:
+        assert chosen is None
+        return
+    assert chosen is not None
+    assert costs[at, chosen].sum() <= 60
+    assert errors[at, chosen].sum() == pytest.approx(min(errors[at, c].sum() for c in fitting))
+
+
+@given(st.integers(0, 10**6), st.floats(3, 60))
+def test_plans_keep_their_cost_and_no_constant_budget_is_predicted_better(seed: int, limit: float) -> None:
+    calibration = made(seed)
+    try:
+        plan = solve(calibration, limit)
+    except ElitError:
+        assert constant(calibration, calibration.options[0], 1, 4).seconds > limit * (1 - 1e-9)
+        return
+    assert plan.seconds <= limit * (1 + 1e-9)
+    for other in alternatives(calibration, limit * (1 - 0.02), steps=10).values():  # costs are rounded up by 64 / 4000
+        if other.steps >= 4:
+            assert plan.error <= other.error + 1e-12
+
+
+def test_predictions_add_up_step_by_step() -> None:
+    calibration = made(1, Guidance("cfg", 2.0, interval=(0.0, 0.6)))
+    option = calibration.options[0]
+    plan = predict(calibration, option, [1, 2, 4, 3])  # at t = 1, 0.75, 0.5, 0.25: guided below 0.6
+    columns = [0, 1, 3, 2]
+    tables = (calibration.seconds, calibration.seconds, option.seconds, option.seconds)
+    assert plan.seconds == pytest.approx(0.25 + sum(t[c] for t, c in zip(tables, columns, strict=True)))
+    assert plan.flops == 10 + 20 + 80 + 60
+    grid = torch.tensor(option.errors)
+    between = [grid[0, 0], 0.375 * grid[0, 1] + 0.625 * grid[1, 1], 0 * grid[0, 0], grid[1, 2] / 8 + 7 * grid[2, 2] / 8]
+    discretisation = 0.4 * (0.1 / 0.4) ** 0.5  # 4 steps are halfway between 2 and 8 in the logarithm
+    assert plan.error == pytest.approx(float(np.hypot(discretisation, sum(between).item() / 4)))  # type: ignore[union-attr]
+    assert plan.budgets == [0.25, 0.5, 1.0, 0.75]
+
+
+def test_more_money_never_buys_a_worse_plan() -> None:
+    errors = [solve(made(2), limit).error for limit in (4, 6, 9, 14, 20, 40, 90)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_impossible_target_names_the_least_possible() -> None:
+    with pytest.raises(ElitError, match=r"nothing costs 0\.04 GFLOPs or less; the least is 0\.08 GFLOPs: 4 steps"):
+        solve(replace(made(), flops=[10**7 * f for f in (1, 2, 3, 4)], options=[_scaled()]), 4e7, "flops")
+
+
+def _scaled() -> Option:
+    return replace(made().options[0], guidance=Guidance("cfg"), flops=[2 * 10**7 * f for f in (1, 2, 3, 4)])
+
+
+def test_error_of_a_step_is_what_it_does_to_samples(model: Model, plain: Calibration) -> None:
+    """One step at the lowest level, the others at full budget, drawn by the sampler itself."""
+    steps, low = calibrating.NOISE_LEVELS, plain.levels[0] / model.num_latents
+    noise = torch.randn(3, *model.input_shape(), generator=calibrating.generator(0, "calibration"))
+    draw = partial(elit.sample, model, LABELS, noise=noise, steps=steps)
+    full = draw()
+    for at in range(steps - 1):
+        changed = draw(budget=[low if i == at else 1.0 for i in range(steps)])
+        effect = (changed - full).pow(2).flatten(1).mean(1).sqrt().mean().item()
+        # float32 samples that differ by little: 1 % of the effect, and of nothing else
+        assert plain.options[0].errors[at][0] / steps == pytest.approx(effect, rel=0.01)
+
+
+def test_full_budget_has_no_error_and_guided_errors_follow_the_terms(model: Model, guided: Calibration) -> None:
+    kinds = [(o.guidance.kind, o.guidance.budget) for o in guided.options if o.guidance]
+    assert kinds == [("cfg", None), *(("ccfg", level / model.num_latents) for level in guided.levels)]
+    assert all(row[-1] == 0 for row in guided.options[0].errors)
+    last = guided.options[-1].errors  # ccfg with a weak term at full budget: no error at full budget either
+    assert all(row[-1] == pytest.approx(0, abs=1e-6) for row in last)
+    assert all(error > 0 for option in guided.options[:-1] for row in option.errors for error in row[:-1])
+
+
+def test_cost_of_options(model: Model, guided: Calibration, plain: Calibration) -> None:
+    assert guided.flops == plain.flops
+    for option in guided.options:
+        assert option.guidance is not None
+        weak = option.guidance.budget
+        own = [elit.analysis.count_flops(model, level / model.num_latents).flops for level in guided.levels]
+        assert option.flops == [f + (f if weak is None else elit.analysis.count_flops(model, weak).flops) for f in own]
+        assert len(option.seconds) == len(guided.levels)
+
+
+def test_autoguidance_keeps_its_weak_term(model: Model) -> None:
+    calibration = calibrate(model, LABELS, num_samples=2, guidance=Guidance("ag", 2.0, budget=0.5))
+    assert [o.guidance for o in calibration.options] == [Guidance("ag", 2.0, budget=0.5)]
+
+
+def test_plan_and_calibration_survive_their_files(tmp_path: Path, model: Model, guided: Calibration) -> None:
+    guided.save(tmp_path / "calibration.json")
+    assert Calibration.load(tmp_path / "calibration.json") == guided
+    plan = solve(guided, guided.options[0].flops[-1] * 10, "flops")
+    plan.save(tmp_path / "plan.json")
+    read = Plan.load(tmp_path / "plan.json")
+    assert read == plan
+    noise = torch.randn(2, *model.input_shape())
+    images = [elit.sample(model, [1, 2], noise=noise, **p.arguments()) for p in (plan, read)]
+    assert torch.equal(*images)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"guidance": null}', '{"guidance": 3}'])
+def test_damaged_files_are_told(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(text)
+    with pytest.raises(ElitError, match="is no plan"):
+        Plan.load(file)
+    with pytest.raises(ElitError, match="is no calibration"):
+        Calibration.load(file)
+
+
+def test_what_cannot_be_planned_is_refused(model: Model) -> None:
+    with pytest.raises(ElitError, match="latent interface"):
+        calibrate(tiny(interface=None), LABELS)
+    with pytest.raises(ElitError, match="deterministic"):
+        calibrate(model, LABELS, solver="sde")
+    with pytest.raises(ElitError, match="cannot read the plan"):
+        Plan.load(Path("nowhere.json"))
+
+
+@given(st.integers(1, 20), st.integers(20, 90))
+def test_thinned_levels_keep_the_ends(first: int, last: int) -> None:
+    levels = thinned(range(first, last + 1))
+    assert levels[0] == first and levels[-1] == last
+    assert len(levels) <= calibrating.MAX_LEVELS and sorted(set(levels)) == list(levels)
