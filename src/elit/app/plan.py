@@ -251,8 +251,9 @@ def _print(console: Console, rows: list[Row], target: str, batch_size: int) -> N
     images = "an image" if batch_size == 1 else f"a batch of {batch_size}"
     told = "predicted / measured" if rows[0].seconds else "predicted"
     console.print(
-        f"ms and error: {told}; ms of {images}, all steps, without decoding; GFLOPs of one image (1 MAC = 2 "
-        f"FLOPs); weak: budget of the weak term of guidance; error: root mean square distance to {REFERENCE_STEPS} steps at full budget"
+        f"ms and error: {told}; ms of {images}, all steps, without decoding; GFLOPs of one image (1 MAC = 2 FLOPs); "
+        "weak: budget of the weak term of guidance; error: root mean square distance to "
+        f"{REFERENCE_STEPS} steps at full budget"
     )
 
 
