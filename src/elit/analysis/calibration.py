@@ -86,9 +86,10 @@ class Calibration:
         slope = (y[at + 1] - y[at]) / (x[at + 1] - x[at])
         return float(np.exp(y[at] + slope * (np.log(steps) - x[at])))
 
-    def errors_at(self, option: Option, t: float) -> np.ndarray:
-        """Of the option's velocity at any noise level: (levels,)."""
-        return np.array([np.interp(t, self.times[::-1], column[::-1]) for column in zip(*option.errors, strict=True)])
+    def errors_at(self, option: Option, times: np.ndarray) -> np.ndarray:
+        """Of the option's velocity at any noise levels, linear between those measured: (noise levels, levels)."""
+        columns = np.array(option.errors[::-1]).T
+        return np.stack([np.interp(times, self.times[::-1], column) for column in columns], axis=1)
 
     def save(self, path: Path) -> None:
         """Raises:

@@ -227,12 +227,11 @@ def _table(
 ) -> np.ndarray:
     """Of every step at every level: (steps, levels)."""
     times = time_grid(calibration.solver, steps)
-    evaluations = [2 if calibration.solver == "heun" and step < steps - 1 else 1 for step in range(steps)]
-    rows = []
-    for t, t_next, count in zip(times[:-1], times[1:], evaluations, strict=True):
-        if kind == "error":
-            rows.append(float(t - t_next) * calibration.errors_at(option, float(t)))
-            continue
-        guided = option.guidance is not None and bool(option.guidance.active(t))
-        rows.append(count * np.array(getattr(option if guided else calibration, kind)))
-    return np.array(rows)
+    if kind == "error":
+        return -times.diff().numpy()[:, None] * calibration.errors_at(option, times[:-1].numpy())
+    plain, guided = np.array(getattr(calibration, kind)), np.array(getattr(option, kind))
+    on = np.zeros(steps, bool) if option.guidance is None else option.guidance.active(times[:-1]).numpy()
+    evaluations = np.ones(steps, int)
+    if calibration.solver == "heun":
+        evaluations[:-1] = 2
+    return evaluations[:, None] * np.where(on[:, None], guided, plain)

@@ -1,0 +1,96 @@
+"""`elit plan` and `elit sample --plan`, as a user runs them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from conftest import tiny
+from elit.analysis import calibration
+from elit.analysis.plan import Plan
+from elit.app.plan import plan
+from elit.cli import main
+from elit.errors import ElitError
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer steps of everything that is measured, in a cache of the test's own."""
+    monkeypatch.setenv("ELIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibration, "STEP_COUNTS", (2, 4, 8))
+    monkeypatch.setattr(calibration, "REFERENCE_STEPS", 12)
+    monkeypatch.setattr(calibration, "TIMING_ROUNDS", 2)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> str:
+    tiny().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_planned_samples(tmp_path: Path, saved: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    command = ["plan", "--model", saved, "--gflops", "0.02", "--guidance-scale", "2", "--steps", "8", "--out", str(out)]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert "target 0.02 GFLOPs" in told and "calibrated" in told and f"--plan {out}" in told
+    found = Plan.load(out)
+    assert found.flops <= 0.02e9
+    assert found.guidance is not None and found.guidance.scale == 2
+    results = json.loads((tmp_path / "plan-results.json").read_text())
+    assert [row["name"] for row in results["rows"]][:2] == ["full budget", "plan"]
+    assert all(row["seconds"] > 0 and row["error"] >= 0 for row in results["rows"])
+    assert (tmp_path / "plan.png").stat().st_size and (tmp_path / "plan.svg").stat().st_size
+
+    assert (
+        main(["sample", "--model", saved, "--plan", str(out), "--num-images", "3", "--out", str(tmp_path / "x.png")])
+        == 0
+    )
+    settings = json.loads(Image.open(tmp_path / "x.png").info["elit"])
+    assert settings["steps"] == found.steps and settings["budget"] == found.budgets
+
+    assert main([*command, "--measure", "false"]) == 0
+    assert "calibration of" in capsys.readouterr().out  # not measured again
+    assert main([*command[:3], "--gflops", "1e-6"]) == 2
+    assert "nothing costs 1e-06 GFLOPs or less; the least is" in capsys.readouterr().err
+
+
+def test_plan_in_a_folder_is_one_of_its_settings(tmp_path: Path, saved: str) -> None:
+    plan(saved, speedup=2, steps=8, measure=False, out=tmp_path / "plan.json")
+    command = ["sample", "--model", saved, "--out", str(tmp_path / "folder"), "--num-images", "2", "--batch-size", "2"]
+    assert main([*command, "--plan", str(tmp_path / "plan.json")]) == 0
+    settings = json.loads((tmp_path / "folder" / "settings.json").read_text())
+    assert settings["budget"] == Plan.load(tmp_path / "plan.json").budgets
+    assert main([*command, "--steps", "8"]) == 2  # other images
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, "give one target"),
+        ({"gflops": 1.0, "speedup": 2.0}, "give one target"),
+        ({"speedup": -1.0}, "speedup is -1.0; it must be above 0"),
+        ({"speedup": 2.0, "guidance": "none", "guidance_scale": 2.0}, "leave its scale"),
+        ({"speedup": 2.0, "min_steps": 100}, "plans have up to 64 steps"),
+        ({"speedup": 2.0, "data": "digits"}, "digits has 10 classes and shape"),
+    ],
+)
+def test_wrong_options_are_told(saved: str, options: dict[str, float], told: str) -> None:
+    with pytest.raises(ElitError, match=told):
+        plan(saved, **options)  # type: ignore[arg-type]
+
+
+def test_plan_of_another_model_and_options_beside_a_plan_are_refused(
+    tmp_path: Path, saved: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(saved, speedup=2, steps=8, measure=False, out=tmp_path / "plan.json")
+    tiny(seed=1).save_pretrained(tmp_path / "other")
+    command = ["sample", "--plan", str(tmp_path / "plan.json"), "--out", str(tmp_path / "x.png")]
+    assert main([*command, "--model", str(tmp_path / "other")]) == 2
+    assert "was made for other weights" in capsys.readouterr().err
+    assert main([*command, "--model", saved, "--steps", "3"]) == 2
+    assert "leave --steps out" in capsys.readouterr().err
+    assert main([*command[:1], "--plan", "nowhere.json", "--model", saved]) == 2
+    assert "cannot read the plan nowhere.json" in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
