@@ -9,6 +9,7 @@ from elit.analysis.attention import (
     mean_maps,
     rank_correlation,
 )
+from elit.analysis.calibration import Calibration, calibrate
 from elit.analysis.cost import (
     BudgetCost,
     Cost,
@@ -22,6 +23,7 @@ from elit.analysis.cost import (
     sampling_flops,
 )
 from elit.analysis.formula import Part, closed_form
+from elit.analysis.plan import Plan, solve
 from elit.analysis.sweeps import (
     Draws,
     SamplePoint,
@@ -37,14 +39,17 @@ __all__ = [
     "AttentionCorrelations",
     "AttentionMaps",
     "BudgetCost",
+    "Calibration",
     "Cost",
     "Draws",
     "Interval",
     "Latency",
     "Part",
+    "Plan",
     "SamplePoint",
     "Setting",
     "attention_maps",
+    "calibrate",
     "closed_form",
     "correlate",
     "count_flops",
@@ -60,5 +65,6 @@ __all__ = [
     "pareto_front",
     "rank_correlation",
     "sampling_flops",
+    "solve",
     "sweep",
 ]
