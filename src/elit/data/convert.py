@@ -1,4 +1,4 @@
-"""Images of any size and mode to a folder of square PNGs with ``dataset.json``, the EDM layout."""
+"""Images of any size and mode to a folder of square PNGs with ``dataset.json``, the EDM layout, or with captions."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from elit.atomic import atomic_file
 from elit.data.images import TRANSFORMS, CorruptImageError, read_rgb
-from elit.data.sources import LABELS, Source, fingerprint, read_bytes
+from elit.data.sources import CAPTIONS, LABELS, Source, fingerprint, read_bytes
 from elit.errors import ElitError
 
 SETTINGS, REPORT = "prepare.json", "report.json"
@@ -55,6 +55,10 @@ def convert_images(
     labels = None if source.labels is None else [[image_name(i), source.labels[i]] for i in kept]
     report = [{"name": source.names[i], "reason": reason} for i, reason in skipped.items()]
     write_json(out / REPORT, {"images": len(kept), "skipped": report})
+    if source.captions is not None:
+        rows = [{"file_name": image_name(i), "text": source.captions[i]} for i in kept]
+        with atomic_file(out / CAPTIONS) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_json(out / LABELS, {"labels": labels} | ({"classes": source.classes} if source.classes else {}))
 
 

@@ -171,6 +171,8 @@ class Encoding:
         with safe_open(files[0], framework="pt") as first:
             shape = first.get_slice("mean").get_shape()[1:]
         totals = {"shape": shape, "count": copies * len(self.images), "classes": self.images.source.classes}
+        if self.images.captions is not None:
+            totals["captions"] = [caption for caption in self.images.captions for _ in range(copies)]
         write_json(self.out / INDEX, self.settings | totals | {"shards": shards})
 
     def _file(self, shard: int) -> Path:

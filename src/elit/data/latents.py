@@ -14,8 +14,8 @@ from torch import Tensor
 
 from elit import seeding
 from elit.data.autoencoder import load_autoencoder, posterior, scaling
+from elit.data.clips import ClipFolder
 from elit.data.folder import ImageFolder
-from elit.data.images import to_signed
 from elit.data.sources import LABELS, count_classes, labels_of, parse_labels
 from elit.errors import ElitError
 
@@ -30,12 +30,14 @@ class LatentData(ABC):
     Attributes:
         labels: (M,).
         num_classes: 0 without labels.
+        captions: (M,), where there are any.
         shape: (C, h, w).
         scaling: scale and shift.
     """
 
     labels: Tensor
     num_classes: int
+    captions: Sequence[str] | None = None
     shape: tuple[int, ...]
     scaling: tuple[float, float]
 
@@ -72,7 +74,7 @@ class LatentShards(LatentData):
         index = _read_index(self.root / INDEX)
         self._shards = _Shards([self.root / shard["file"] for shard in index["shards"]])
         self.shape = tuple(index["shape"])
-        self.num_classes = index["num_classes"]
+        self.num_classes, self.captions = index["num_classes"], index.get("captions")
         self.scaling = (index["scaling_factor"], index["shift_factor"])
         counts = [shard["count"] for shard in index["shards"]]
         self._ends = np.cumsum(counts)
@@ -186,22 +188,23 @@ def _number(name: str) -> str:
 
 
 class EncodedFolder(LatentData):
-    """Images that an autoencoder encodes whenever they are asked for: nothing is stored, and every step pays for it.
+    """Images or clips that an autoencoder encodes whenever they are asked for: nothing is stored, and every step pays
+    for it.
 
     Args:
-        root: see :class:`ImageFolder`.
+        images: what it encodes.
         autoencoder: a diffusers autoencoder: a folder or a Hub id.
         batch_size: images that are encoded at a time.
 
     Raises:
-        ElitError: see :class:`ImageFolder` and :func:`load_autoencoder`.
+        ElitError: see :func:`load_autoencoder`.
     """
 
-    def __init__(self, root: str | Path, autoencoder: str | Path, batch_size: int = 32) -> None:
-        self.images = ImageFolder(root)
+    def __init__(self, images: ImageFolder | ClipFolder, autoencoder: str | Path, batch_size: int = 32) -> None:
+        self.images = images
         self.autoencoder = load_autoencoder(autoencoder)
         self.batch_size = batch_size
-        self.labels, self.num_classes = self.images.labels, self.images.num_classes
+        self.labels, self.num_classes, self.captions = images.labels, images.num_classes, images.captions
         self.scaling = scaling(self.autoencoder)
 
     @cached_property
@@ -211,8 +214,7 @@ class EncodedFolder(LatentData):
     def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         # Not before a batch is asked for: by then every process has chosen its GPU.
         self.autoencoder.to("cuda" if torch.cuda.is_available() else "cpu")
-        parts = [
-            posterior(to_signed(self.images.pixels(part)), self.autoencoder) for part in indices.split(self.batch_size)
-        ]
+        batches = (self.images.batch(part)[0] for part in indices.split(self.batch_size))
+        parts = [posterior(images, self.autoencoder) for images in batches]
         mean, std = (torch.cat(kind).float() for kind in zip(*parts, strict=True))
         return mean, std

@@ -10,10 +10,12 @@ from elit.conditions import Text
 from elit.data.captions import WordVectors
 from elit.errors import ElitError
 
+WORDS = "words"
 
-def open_encoder(source: str | Path, device: torch.device | str = "cpu") -> Callable[[Sequence[str]], Text]:
+
+def open_encoder(source: str | Path, device: torch.device | str | None = None) -> Callable[[Sequence[str]], Text]:
     """``words`` for :class:`~elit.data.captions.WordVectors`; anything else is a :class:`TextEncoder`."""
-    return WordVectors() if source == "words" else TextEncoder(source, device=device)
+    return WordVectors() if source == WORDS else TextEncoder(source, device=device)
 
 
 class TextEncoder:
@@ -22,6 +24,7 @@ class TextEncoder:
     Args:
         source: a local folder or a Hub id.
         max_length: longest prompt in tokens; the rest is cut off. None is the tokenizer's.
+        device: None is the GPU of the process, where there is one.
 
     Attributes:
         width: of its embeddings.
@@ -30,7 +33,9 @@ class TextEncoder:
         ElitError: transformers is not installed, or nothing usable is there.
     """
 
-    def __init__(self, source: str | Path, max_length: int | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, source: str | Path, max_length: int | None = None, device: torch.device | str | None = None
+    ) -> None:
         try:
             from transformers import AutoModel, AutoTokenizer
         except ImportError as error:
@@ -44,7 +49,7 @@ class TextEncoder:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         of_text = whole.get_encoder() if whole.config.is_encoder_decoder else getattr(whole, "text_model", whole)
-        self.model = of_text.to(device).eval().requires_grad_(False)
+        self.model = of_text.eval().requires_grad_(False)
         self.max_length, self.device = max_length, device
 
     @property
@@ -54,9 +59,12 @@ class TextEncoder:
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str]) -> Text:
         """Prompts as text, padded on the right to the longest of them; ``[""]`` is the empty prompt."""
+        # Not before there are prompts: by then every process has chosen its GPU.
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.to(device)
         found = self.tokenizer(
             list(prompts), padding=True, padding_side="right", truncation=True, max_length=self.max_length,
             return_tensors="pt",
-        ).to(self.device)  # fmt: skip
+        ).to(device)  # fmt: skip
         tokens = self.model(input_ids=found.input_ids, attention_mask=found.attention_mask).last_hidden_state
         return Text(tokens.float(), found.attention_mask.bool())

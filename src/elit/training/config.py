@@ -107,6 +107,8 @@ class TrainConfig:
         out: the run directory; a run found there is continued.
         resume: a run or checkpoint to start from where ``out`` has no checkpoint of its own yet.
         data: name of the data set, or where it lies.
+        text_encoder: of captions: a text encoder of transformers (a folder or a Hub id), or words, a random vector for
+            each word.
         model: what to train.
         elit: at which budgets.
         optimizer: how.
@@ -134,6 +136,7 @@ class TrainConfig:
     out: str = "runs/train"
     resume: str | None = None
     data: str = "digits"
+    text_encoder: str = "words"
     model: ModelChoice = field(default_factory=ModelChoice)
     elit: ElasticConfig = field(default_factory=ElasticConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

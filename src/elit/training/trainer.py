@@ -23,10 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from elit.conditions import Condition, map_condition
-from elit.data import Data, open_data, sample_indices
+from elit.data import Captioned, Data, open_data, sample_indices
 from elit.errors import ElitError
 from elit.flow import path_named
-from elit.models import Model, create
+from elit.models import MMDiT, MMDiTConfig, Model, config_for, create
 from elit.models.dit import Transformer
 from elit.seeding import derive_seed, generator
 from elit.training import state
@@ -61,7 +61,7 @@ class StepReport(NamedTuple):
 
 
 def build_model(config: TrainConfig, data: Data) -> Model:
-    """A new model that fits the data, with weights from the seed.
+    """A new model that fits the data, with weights from the seed, and with the empty prompt of captions.
 
     Raises:
         ElitError: a name or field that does not exist, or sizes that do not fit.
@@ -72,14 +72,23 @@ def build_model(config: TrainConfig, data: Data) -> Model:
         if "group_size" in config.model.fields:
             raise ElitError("group_size is given twice, in elit and in model.fields; leave one out")
         fitted["group_size"] = config.elit.group_size
+    empty = None
+    if isinstance(data, Captioned):
+        if not isinstance(config_for(config.model.name), MMDiTConfig):
+            raise ElitError(f"{config.data} has captions; take a model of text, like ELIT-MMDiT-B/2")
+        empty = data.encode([""])
+        fitted |= {"text_width": empty.tokens.shape[2], "empty_length": int(empty.mask.sum())}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "weights"))
         try:
-            return create(config.model.name, **(fitted | config.model.fields))
+            model = create(config.model.name, **(fitted | config.model.fields))
         except ElitError as error:
             if config.elit.group_size is not None and "group size" in str(error):
                 raise ElitError(f"elit.group_size: {error}") from error
             raise
+    if isinstance(model, MMDiT) and empty is not None:
+        model.set_empty_prompt(empty)
+    return model
 
 
 class Trainer:
@@ -110,7 +119,7 @@ class Trainer:
         self.config = config
         self.run = Path(config.out)
         state.to_continue(self.run, config.resume)  # a wrong path is told before anything is built
-        self.data = open_data(config.data) if data is None else data
+        self.data = open_data(config.data, text_encoder=config.text_encoder) if data is None else data
         self.path = path_named(config.path)
         self.model = build_model(config, self.data)
         self.levels = training_levels(config.elit, self.model)
