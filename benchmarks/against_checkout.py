@@ -2,9 +2,8 @@
 
     git worktree add ../before main && python benchmarks/against_checkout.py ../before
 
-Both models have the same weights. The ratio is the median over turns of (here / there): below 1 is faster here. Times are
-processor time of this process, which other work on the machine changes little; with OMP_NUM_THREADS=1 they are what a
-forward takes on a free core.
+Both models have the same weights. The ratio is the median over turns of (here / there): below 1 is faster here. Times
+are processor time, which other work on the machine changes little; set OMP_NUM_THREADS=1, for it adds threads up.
 """
 
 import statistics

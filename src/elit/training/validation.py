@@ -34,7 +34,11 @@ class Validation:
         self.budgets: list[float] = budgets if model.interface is not None else [1.0]
         self.data: ImageData | None = None
         if wanted.every and not isinstance(model, DFM):  # its loss has no one time; it has sample grids
-            data = open_data(config.data, True, config.text_encoder) if held_out is None else held_out
+            data = (
+                open_data(config.data, held_out=True, text_encoder=config.text_encoder)
+                if held_out is None
+                else held_out
+            )
             x, y = data.batch(torch.arange(min(wanted.samples, len(data))))
             self.data = ImageData(x, y, data.num_classes)
 
