@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_text_encoder import save_text_encoder
 
 from elit import ElitError, load
 from elit.app.prepare import prepare_convert, prepare_encode
@@ -19,6 +18,7 @@ from elit.data.text import TextEncoder
 from elit.models import MMDiT
 from elit.seeding import generator
 from small_autoencoder import save_autoencoder
+from small_text_encoder import save_text_encoder
 
 CAPTIONS = ["a handwritten three", "a four", "a handwritten three", "", "four", "a three"]
 TINY = {"width": 16, "depth": 3, "num_heads": 2, "head_depth": 1, "tail_depth": 1, "group_size": 2}

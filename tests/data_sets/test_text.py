@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_text_encoder import save_text_encoder, save_tokenizer
 
 from elit import ElitError
 from elit.data.text import TextEncoder
+from small_text_encoder import save_text_encoder, save_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
