@@ -28,7 +28,8 @@ def prepare_convert(
     A run that was killed continues when it is started again.
 
     Args:
-        source: a folder or zip of images: in class folders, with dataset.json, or loose and without labels; or its URL.
+        source: a folder or zip of images: in class folders, with dataset.json, with captions in metadata.jsonl, or
+            loose and without labels; or its URL.
         out: the folder to write.
         resolution: height and width of the result.
         transform: center-crop, center-crop-wide (black bars above and below) or center-crop-dhariwal.
@@ -41,7 +42,8 @@ def prepare_convert(
     images = find_images(local_copy(source))
     converted = convert_images(images, Path(out), resolution, transform, workers or available_cpus(), strict)
     skipped = [bad for bad in tqdm(converted, total=len(images), desc="converting", unit="image") if bad is not None]
-    classes = f"{images.num_classes} classes" if images.num_classes else "no labels"
+    unlabelled = "no labels" if images.captions is None else "with captions"
+    classes = f"{images.num_classes} classes" if images.num_classes else unlabelled
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{len(images) - len(skipped):,} images of {resolution}x{resolution}, {classes}, in {out}")
     for name, reason in skipped[:10]:
