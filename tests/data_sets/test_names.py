@@ -107,6 +107,7 @@ def test_captions_stay_with_images_and_latents(tmp_path: Path) -> None:
         ("{", "line 1 of .* must be like"),
         ('{"file_name": "a.png", "text": "a"}\n\n{"file_name": "b.png"}', "line 3 of .* must be like .*'text'"),
         ('{"file_name": "a.png", "text": "a"}\n[]', "line 2 of .* must be like"),
+        ('{"file_name": "a.png", "text": null}', "line 1 of .* the text is None"),
         ('{"file_name": "a.png", "text": "a"}', "has no caption for b.png; add it, or remove the image"),
         ("".join(f'{{"file_name": "{name}.png", "text": "x"}}\n' for name in "abc"), "has a caption for c.png, and"),
     ],
@@ -204,7 +205,7 @@ def test_train_and_sample_with_captions(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["sample", "--model", str(run), "--out", str(out), "--text-encoder", str(encoder), *prompts]) == 0
     assert out.exists()
     assert train(tmp_path / "other", "ELIT-DiT-S/2", *options) == 2
-    assert "has captions; take a model of text, like ELIT-MMDiT-B/2" in capsys.readouterr().err
+    assert "the data have captions; take a model of text like ELIT-MMDiT-B/2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".mp4"])

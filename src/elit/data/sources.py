@@ -128,13 +128,19 @@ def captions_of(names: Sequence[str], text: bytes, file: Path) -> list[str]:
     captions: dict[str, str] = {}
     for number, line in enumerate(text.split(b"\n"), 1):
         try:
-            row = json.loads(line) if line.strip() else None
-            if row is not None:
-                captions[str(row["file_name"])] = str(row["text"])
+            if line.strip():
+                row = json.loads(line)
+                captions[row["file_name"]] = _as_text(row["text"])
         except (ValueError, TypeError, KeyError) as error:
             remedy = '{"file_name": "name.png", "text": "a caption"}'
             raise ElitError(f"line {number} of {file} must be like {remedy} ({error})") from error
     return _of_each(names, captions, "caption", file)
+
+
+def _as_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"the text is {value!r}")
+    return value
 
 
 def _of_each(names: Sequence[str], values: Mapping[str, T], kind: str, file: Path) -> list[T]:

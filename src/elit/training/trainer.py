@@ -75,7 +75,9 @@ def build_model(config: TrainConfig, data: Data) -> Model:
     empty = None
     if isinstance(data, Captioned):
         if not isinstance(config_for(config.model.name), MMDiTConfig):
-            raise ElitError(f"{config.data} has captions; take a model of text, like ELIT-MMDiT-B/2")
+            raise ElitError(
+                f"the data have captions; take a model of text like ELIT-MMDiT-B/2, not {config.model.name}"
+            )
         empty = data.encode([""])
         fitted |= {"text_width": empty.tokens.shape[2], "empty_length": int(empty.mask.sum())}
     with torch.random.fork_rng(devices=[]):
