@@ -107,7 +107,7 @@ def test_captions_stay_with_images_and_latents(tmp_path: Path) -> None:
         ("{", "line 1 of .* must be like"),
         ('{"file_name": "a.png", "text": "a"}\n\n{"file_name": "b.png"}', "line 3 of .* must be like .*'text'"),
         ('{"file_name": "a.png", "text": "a"}\n[]', "line 2 of .* must be like"),
-        ('{"file_name": "a.png", "text": null}', "line 1 of .* the text is None"),
+        ('{"file_name": "a.png", "text": null}', "line 1 of .*the text is None"),
         ('{"file_name": "a.png", "text": "a"}', "has no caption for b.png; add it, or remove the image"),
         ("".join(f'{{"file_name": "{name}.png", "text": "x"}}\n' for name in "abc"), "has a caption for c.png, and"),
     ],
