@@ -1,9 +1,7 @@
 """`elit prepare`: images to what training reads."""
 
-import os
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from tqdm import tqdm
 
@@ -13,6 +11,7 @@ from elit.data.encode import Encoding
 from elit.data.folder import ImageFolder
 from elit.data.remote import local_copy
 from elit.data.sources import find_images
+from elit.launch import own_device, processes_here
 
 
 def prepare_convert(
@@ -84,9 +83,9 @@ def prepare_encode(
     images = ImageFolder(local_copy(source))
     encoder = load_autoencoder(autoencoder, revision=revision)
     if workers is None:
-        workers = max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        workers = max(1, available_cpus() // processes_here())
     encoding = Encoding(
-        images, Path(out), encoder.to(_device(device)), autoencoder, commit_of(autoencoder, revision),
+        images, Path(out), encoder.to(own_device(device)), autoencoder, commit_of(autoencoder, revision),
         flips, dtype, shard_size, batch_size, workers,
     )  # fmt: skip
     waited = encoded = 0.0
@@ -99,10 +98,3 @@ def prepare_encode(
     console.print(f"{len(images):,} images in {len(encoding.shards)} shards of {out}")
     if encoding.todo:
         console.print(f"the autoencoder ran for {encoded:.1f} s and waited {waited:.1f} s for images to be read")
-
-
-def _device(name: str) -> str:
-    """``auto`` is this process's GPU where there is one."""
-    if name != "auto":
-        return name
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"

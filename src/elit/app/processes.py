@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from elit.errors import ElitError
+from elit.launch import own_device, place
 
 
 class Process(NamedTuple):
@@ -41,17 +42,7 @@ def this_process(device: str = "auto", threads: int = 1) -> Process:
     if threads < 1:
         raise ElitError(f"threads is {threads}; it must be at least 1")
     torch.set_num_threads(threads)
-    rank, total = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ElitError(f"there is no device {device!r} here ({str(error).splitlines()[0]})") from error
-    return Process(rank, total, chosen)
+    return Process(*place(), own_device(device))
 
 
 @contextmanager

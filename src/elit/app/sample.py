@@ -25,6 +25,7 @@ from elit.digest import weights_digest
 from elit.errors import ElitError
 from elit.flow import Guidance, sample
 from elit.interface import Budget, BudgetByNoise
+from elit.launch import own_device
 from elit.models.files import load
 
 VIDEO = (".gif", ".mp4")
@@ -121,7 +122,7 @@ def sample_images(
         chosen = Guidance(guidance, guidance_scale, guidance_budget, guidance_interval)
 
     process = None if single else this_process(device, threads)
-    device = str(process.device) if process else _grid_device(device)
+    device = str(process.device if process else own_device(device))
     net = load(model, weights=weights, device=device)
     is_video = len(net.input_shape()) == 4
     if is_video != (suffix in VIDEO):
@@ -180,10 +181,6 @@ def _write_file(out: Path, settings: dict[str, Any], draw: Callable[[], Tensor],
             write_video(to_frames(images), temporary)
         else:
             to_grid(images).save(temporary, pnginfo=record)
-
-
-def _grid_device(device: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def _device_name(device: torch.device) -> str:

@@ -18,6 +18,7 @@ from elit.data.folder import ImageFolder
 from elit.data.images import to_signed
 from elit.data.sources import LABELS, count_classes, labels_of, parse_labels
 from elit.errors import ElitError
+from elit.launch import own_device
 
 INDEX = "index.json"
 PUBLISHED = "vae-sd"
@@ -199,7 +200,7 @@ class EncodedFolder(LatentData):
 
     def __init__(self, root: str | Path, autoencoder: str | Path, batch_size: int = 32) -> None:
         self.images = ImageFolder(root)
-        self.autoencoder = load_autoencoder(autoencoder)
+        self.autoencoder = load_autoencoder(autoencoder).to(own_device())
         self.batch_size = batch_size
         self.labels, self.num_classes = self.images.labels, self.images.num_classes
         self.scaling = scaling(self.autoencoder)
@@ -209,8 +210,6 @@ class EncodedFolder(LatentData):
         return tuple(self.moments(torch.tensor([0]))[0].shape[1:])
 
     def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        # Not before a batch is asked for: by then every process has chosen its GPU.
-        self.autoencoder.to("cuda" if torch.cuda.is_available() else "cpu")
         parts = [
             posterior(to_signed(self.images.pixels(part)), self.autoencoder) for part in indices.split(self.batch_size)
         ]

@@ -10,8 +10,9 @@ from elit.errors import ElitError
 
 
 def cache_folder() -> Path:
-    """Where copies lie: ``ELIT_CACHE``, or ``~/.cache/elit``."""
-    return Path(os.environ.get("ELIT_CACHE") or Path.home() / ".cache" / "elit")
+    """Where copies, weights and features are kept: ``$ELIT_CACHE``, or ``elit`` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("ELIT_CACHE") or Path(base) / "elit")
 
 
 def local_copy(location: str | Path) -> Path:
