@@ -17,7 +17,7 @@ from elit import __version__
 from elit.app.convert import convert_model
 from elit.app.evaluate import evaluate, evaluate_compare, evaluate_reference
 from elit.app.info import info
-from elit.app.prepare import prepare_convert, prepare_encode
+from elit.app.prepare import prepare_convert, prepare_encode, prepare_verify
 from elit.app.quickstart import quickstart
 from elit.app.sample import sample_images
 from elit.app.train import train
@@ -35,9 +35,10 @@ VERBS: dict[str, Callable[..., object]] = {
     "convert": convert_model,
     "prepare-convert": prepare_convert,
     "prepare-encode": prepare_encode,
+    "prepare-verify": prepare_verify,
 }
 
-POSITIONAL = ("info", "convert", "prepare-convert", "prepare-encode", "evaluate-reference")
+POSITIONAL = ("info", "convert", "prepare-convert", "prepare-encode", "prepare-verify", "evaluate-reference")
 """Verbs whose required options need no name."""
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from elit import ElitError
-from elit.app.prepare import prepare_convert, prepare_encode
+from elit.app.prepare import prepare_convert, prepare_encode, prepare_verify
 from elit.data import Data, EncodedFolder, ImageFolder, LatentShards, PublishedLatents, batch_indices, open_data
 from elit.data.sources import find_images
 from elit.seeding import generator
@@ -299,6 +299,59 @@ def test_damaged_shards_and_other_settings(prepared: Prepared, tmp_path: Path) -
     (tmp_path / "latents" / "index.json").unlink()
     with pytest.raises(ElitError, match="is missing or damaged; run elit prepare encode to its end"):
         open_data(str(tmp_path / "latents"))
+
+
+def test_checksums_find_what_was_damaged_on_the_way(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "latents"
+    shutil.copytree(prepared.latents, root)
+    prepare_verify(str(root))
+    assert "3 shards" in capsys.readouterr().out
+    first, last = (root / f"shard-0000{i}.safetensors" for i in (0, 2))
+    content = bytearray(first.read_bytes())
+    content[-3] ^= 1  # one bit: nobody would notice
+    first.write_bytes(content)
+    last.unlink()
+    with pytest.raises(ElitError, match=r"2 of 3 shards of .* missing: shard-00000.safetensors, shard-00002.safet"):
+        prepare_verify(str(root))
+    with pytest.raises(ElitError, match=r"index.json is missing or damaged"):
+        prepare_verify(str(prepared.images))
+
+
+def test_shards_that_are_not_those_of_the_index(prepared: Prepared, tmp_path: Path) -> None:
+    root = tmp_path / "latents"
+    shutil.copytree(prepared.latents, root)
+    last = root / "shard-00002.safetensors"
+    save_file({name: tensor[:-1].contiguous() for name, tensor in load_file(last).items()}, last)
+    with pytest.raises(ElitError, match=r"shard-00002.safetensors holds 16 images and the index has 17"):
+        open_data(str(root))
+    index = json.loads((root / "index.json").read_text())
+    del index["shards"][1]["sha256"]
+    (root / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ElitError, match="a shard needs file, count and sha256"):
+        open_data(str(root))
+
+
+def test_flips_are_of_the_step_and_the_image(prepared: Prepared) -> None:
+    plain, flipped = ImageFolder(prepared.images), open_data(str(prepared.images), flips=True)
+    assert (flipped.shape, flipped.num_classes, len(flipped)) == (plain.shape, plain.num_classes, len(plain))
+    indices = torch.arange(57)
+    expected, labels = plain.batch(indices)
+    assert torch.equal(flipped.batch(indices)[0], expected)  # nothing by chance without a generator
+    mirrored = 0
+    for step in range(8):
+        x, y = flipped.batch(indices, generator(0, "data", step))
+        halves = [flipped.batch(part, generator(0, "data", step))[0] for part in indices.split(20)]
+        assert torch.equal(x, torch.cat(halves))  # however processes share it
+        assert torch.equal(y, labels)
+        for image, original in zip(x, expected, strict=True):
+            was = not torch.equal(image, original)
+            assert torch.equal(image, original.flip(-1) if was else original)
+            mirrored += was
+    assert abs(mirrored - 8 * 57 / 2) < 5 * (8 * 57) ** 0.5 / 2  # five standard deviations
+    with pytest.raises(ElitError, match="holds latents, which cannot be mirrored; encode them with"):
+        open_data(str(prepared.latents), flips=True)
 
 
 def test_images_that_cannot_be_encoded(prepared: Prepared, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from elit.data.captions import captioned_digits
 from elit.data.clips import ClipFolder
 from elit.data.dataset import Data, ImageData
 from elit.data.digits import digits, digits8
+from elit.data.flipped import Flipped
 from elit.data.folder import ImageFolder
-from elit.data.latents import INDEX, PUBLISHED, EncodedFolder, LatentShards, PublishedLatents
+from elit.data.latents import INDEX, PUBLISHED, EncodedFolder, LatentData, LatentShards, PublishedLatents
 from elit.data.moving import moving_digits
 from elit.data.order import batch_indices, sample_indices
 from elit.data.remote import local_copy
@@ -23,17 +24,25 @@ EMBEDDED: dict[str, Callable[[bool], Data]] = {
 HELD_OUT = "-held-out"
 
 
-def open_data(name: str, held_out: bool = False) -> Data:
+def open_data(name: str, held_out: bool = False, flips: bool = False) -> Data:
     """A data set: its training part, or the part held out.
 
     Args:
         name: an embedded data set; or a folder or URL of latent shards, of the published layout, or of images (also a
             zip). ``IMAGES@AUTOENCODER`` encodes images on the fly with a diffusers autoencoder.
         held_out: the held-out part; of a folder, the folder beside it whose name has ``-held-out`` added.
+        flips: mirror half of the images at random.
 
     Raises:
-        ElitError: there is no such data set, or it is damaged.
+        ElitError: there is no such data set, it is damaged, or flips are asked of latents.
     """
+    data = _open(name, held_out)
+    if flips and isinstance(data, LatentData):
+        raise ElitError(f"{name} holds latents, which cannot be mirrored; encode them with elit prepare encode --flips")
+    return Flipped(data) if flips else data
+
+
+def _open(name: str, held_out: bool) -> Data:
     if name in EMBEDDED:
         return EMBEDDED[name](held_out)
     place, _, autoencoder = (name, "", "") if Path(name).exists() else name.partition("@")
@@ -56,6 +65,7 @@ __all__ = [
     "ClipFolder",
     "Data",
     "EncodedFolder",
+    "Flipped",
     "ImageData",
     "ImageFolder",
     "LatentShards",

@@ -18,7 +18,7 @@ from elit.data.autoencoder import posterior, scaling, weights_hash
 from elit.data.convert import write_json
 from elit.data.folder import ImageFolder
 from elit.data.images import to_signed
-from elit.data.latents import INDEX
+from elit.data.latents import INDEX, read_index
 from elit.data.sources import fingerprint
 from elit.errors import ElitError
 from elit.launch import place
@@ -203,6 +203,20 @@ class PixelBatches(Dataset[Tensor | ElitError]):
             return torch.stack([self.images.image(index) for index in batch])
         except ElitError as error:
             return error
+
+
+def verify_shards(folder: Path) -> Iterator[Path | None]:
+    """Reads one shard per turn and compares it with its checksum in ``index.json``.
+
+    Yields:
+        None, or the file of a shard that is missing or damaged.
+
+    Raises:
+        ElitError: see :func:`~elit.data.latents.read_index`.
+    """
+    for shard in read_index(folder / INDEX)["shards"]:
+        file = folder / shard["file"]
+        yield None if file.is_file() and _hash(file) == shard["sha256"] else file
 
 
 def _hash(file: Path) -> str:

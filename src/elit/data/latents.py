@@ -56,7 +56,7 @@ class LatentData(ABC):
 
     def _noise(self, indices: Tensor, generator: torch.Generator) -> Tensor:
         """Unit noise (B, C, h, w): one draw of the generator makes the seed, and each index its own noise."""
-        seed = int(torch.randint(2**62, (), generator=generator))
+        seed = seeding.drawn_seed(generator)
         draws = [seeding.generator(seed, "posterior", index) for index in indices.tolist()]
         return torch.stack([torch.randn(self.shape, generator=draw) for draw in draws])
 
@@ -70,14 +70,19 @@ class LatentShards(LatentData):
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        index = _read_index(self.root / INDEX)
+        index = read_index(self.root / INDEX)
         self._shards = _Shards([self.root / shard["file"] for shard in index["shards"]])
         self.shape = tuple(index["shape"])
         self.num_classes = index["num_classes"]
         self.scaling = (index["scaling_factor"], index["shift_factor"])
         counts = [shard["count"] for shard in index["shards"]]
         self._ends = np.cumsum(counts)
-        self.labels = torch.cat([self._shards.whole(shard, "labels") for shard in range(len(counts))])
+        labels = [self._shards.whole(shard, "labels") for shard in range(len(counts))]
+        for shard, count in enumerate(counts):
+            if len(labels[shard]) != count:
+                file = self._shards.files[shard]
+                raise ElitError(f"{file} holds {len(labels[shard])} images and the index has {count}; encode it again")
+        self.labels = torch.cat(labels)
 
     def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         places = [self._place(index) for index in indices.tolist()]
@@ -115,7 +120,12 @@ class _Shards:
         return self._open[shard, name]
 
 
-def _read_index(file: Path) -> dict[str, Any]:
+def read_index(file: Path) -> dict[str, Any]:
+    """The content of an ``index.json`` of shards.
+
+    Raises:
+        ElitError: it is missing, damaged or something else.
+    """
     try:
         index = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -123,6 +133,8 @@ def _read_index(file: Path) -> dict[str, Any]:
     needed = {"shape", "num_classes", "scaling_factor", "shift_factor", "shards"}
     if not isinstance(index, dict) or not needed <= index.keys():
         raise ElitError(f"{file} is no index of latents: it lacks {', '.join(sorted(needed - set(index)))}")
+    if not all(isinstance(shard, dict) and {"file", "count", "sha256"} <= shard.keys() for shard in index["shards"]):
+        raise ElitError(f"{file} is damaged: a shard needs file, count and sha256; run elit prepare encode again")
     return index
 
 

@@ -107,6 +107,7 @@ class TrainConfig:
         out: the run directory; a run found there is continued.
         resume: a run or checkpoint to start from where ``out`` has no checkpoint of its own yet.
         data: name of the data set, or where it lies.
+        flips: mirror half of the images at random; latents are mirrored when they are encoded.
         model: what to train.
         elit: at which budgets.
         optimizer: how.
@@ -134,6 +135,7 @@ class TrainConfig:
     out: str = "runs/train"
     resume: str | None = None
     data: str = "digits"
+    flips: bool = False
     model: ModelChoice = field(default_factory=ModelChoice)
     elit: ElasticConfig = field(default_factory=ElasticConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -110,7 +110,7 @@ class Trainer:
         self.config = config
         self.run = Path(config.out)
         state.to_continue(self.run, config.resume)  # a wrong path is told before anything is built
-        self.data = open_data(config.data) if data is None else data
+        self.data = open_data(config.data, flips=config.flips) if data is None else data
         self.path = path_named(config.path)
         self.model = build_model(config, self.data)
         self.levels = training_levels(config.elit, self.model)
