@@ -178,10 +178,8 @@ def test_presets_run_on_a_small_model_of_their_kind(preset: str, tmp_path: Path)
     options = ["--model", str(tmp_path / "model"), "--out", str(out), "--num-images", "2", "--batch-size", "2"]
     assert main(["sample", "--config", str(FOLDER / f"{preset}.yaml"), *options]) == 0
     assert np.load(out / "samples.npz")["arr_0"].shape == (2, 16, 16, 3)
-    settings, stated = (
-        json.loads((out / "settings.json").read_text()),
-        yaml.safe_load((FOLDER / f"{preset}.yaml").read_text()),
-    )
+    settings = json.loads((out / "settings.json").read_text())
+    stated = yaml.safe_load((FOLDER / f"{preset}.yaml").read_text())
     assert settings["steps"] == stated["steps"]
     if stated["guidance"] == "ccfg":
         found = settings["guidance"]
