@@ -68,6 +68,18 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it, unless it is there.
+
+    Raises:
+        ElitError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ElitError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def _refuse_existing(path: Path) -> None:
     if path.exists():
         raise ElitError(f"{path} exists already; remove it or choose another name")

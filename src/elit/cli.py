@@ -137,6 +137,10 @@ def _sentence(message: str) -> str:
     # An option that may be left out is a union with None, of which a user need not hear.
     union = r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: (.*?) Expected a <class 'None"
     text = re.sub(f"{union}.*", r"\1", text)
+    text = re.sub(
+        r"Does not validate .*? Subtypes: \[(.*)\] Errors: .* Given value: ", r"Expected one of \1. Got value: ", text
+    )
+    text = text.replace(", <class 'NoneType'>", "")
     text = re.sub(r"""Parser key ["']([\w.]+)["']:""", r"\1:", text)
     for python, plain in (
         ("<class 'int'>", "whole number"),

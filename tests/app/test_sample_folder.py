@@ -200,6 +200,9 @@ def test_refusals(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ElitError, match="there is no device 'abacus'"):
         sample_images(str(model), tmp_path / "new", 2, steps=2, device="abacus")
     assert not (tmp_path / "new").exists()
+    with pytest.raises(ElitError, match="budget lists 2 values for 3 sampling steps"):
+        sample_images(str(model), tmp_path / "again", 2, steps=3, budget="0.5,1")
+    sample_images(str(model), tmp_path / "again", 2, steps=2, budget="0.5,1", batch_size=2)  # the folder is free
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(ElitError, match=r"is not empty and has no settings\.json"):

@@ -110,6 +110,17 @@ def test_loose_images_are_unlabelled(prepared: Prepared, tmp_path: Path) -> None
     assert labels_file(tmp_path / "out") == {"labels": None}
 
 
+def test_images_that_their_zip_has_damaged_are_reported(prepared: Prepared, tmp_path: Path) -> None:
+    archive = zipped(prepared.images / "00000", tmp_path / "images.zip")
+    content = bytearray(archive.read_bytes())
+    content[len(content) // 2] ^= 1
+    archive.write_bytes(content)
+    prepare_convert(str(archive), tmp_path / "out", 32, workers=1)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["images"] == 56
+    assert "Bad CRC-32" in report["skipped"][0]["reason"]
+
+
 def test_strict_stops_at_a_corrupt_image(prepared: Prepared, tmp_path: Path) -> None:
     with pytest.raises(ElitError, match=r"cannot be read \(.*\); repair or remove it") as error:
         prepare_convert(str(prepared.source), tmp_path / "out", 32, workers=1, strict=True)
@@ -158,6 +169,8 @@ def test_wrong_sources_and_options(prepared: Prepared, tmp_path: Path) -> None:
         prepare_convert(str(prepared.source), tmp_path / "out", 0, workers=1)
     with pytest.raises(ElitError, match="was begun with another resolution"):
         prepare_convert(str(prepared.source), prepared.images, 16, workers=1)
+    with pytest.raises(ElitError, match=r"text.zip is a file; choose a new or empty folder"):
+        prepare_convert(str(prepared.source), tmp_path / "text.zip", 32, workers=1)
     with pytest.raises(ElitError, match="holds other files"):
         prepare_convert(str(prepared.source), tmp_path, 32, workers=1)
     assert not (tmp_path / "out").exists()
@@ -367,6 +380,8 @@ def test_images_that_cannot_be_encoded(prepared: Prepared, tmp_path: Path) -> No
         open_data(str(tmp_path))
     with pytest.raises(ElitError, match="dtype is 'int8'; it is one of float32"):
         prepare_encode(str(prepared.images), tmp_path / "out", str(prepared.autoencoder), dtype="int8")
+    with pytest.raises(ElitError, match=r"cannot write .*0\.png: File exists"):
+        prepare_encode(str(prepared.images), tmp_path / "0.png", str(prepared.autoencoder), workers=0)
 
 
 # ------------------------------------------------------------------------------------------------ open_data

@@ -49,9 +49,10 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     """
     path, larger = folder / SETTINGS, settings
     with alone_in(folder):
-        if not path.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
+        empty = all(p.name.startswith(".") or p == path for p in folder.iterdir())
+        if not path.exists() and not empty:
             raise ElitError(f"{folder} is not empty and has no {SETTINGS}; sample into a new folder")
-        if path.exists():
+        if path.exists() and not empty:  # settings without an image may have been refused: others may take the place
             try:
                 old = json.loads(path.read_text())
                 both = min(old[COUNT], settings[COUNT])

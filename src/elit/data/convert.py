@@ -103,6 +103,8 @@ def _in_processes(convert: "partial[str | None]", jobs: list[tuple[int, str]], w
 
 def _write_or_compare(file: Path, settings: dict[str, object]) -> None:
     if not file.exists():
+        if file.parent.is_file():
+            raise ElitError(f"{file.parent} is a file; choose a new or empty folder")
         if file.parent.exists() and any(not path.name.startswith(".") for path in file.parent.iterdir()):
             raise ElitError(f"{file.parent} holds other files; choose a new or empty folder")
         write_json(file, settings)

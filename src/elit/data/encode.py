@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from elit.atomic import atomic_file
+from elit.atomic import atomic_file, make_folder
 from elit.data.autoencoder import posterior, scaling, weights_hash
 from elit.data.convert import write_json
 from elit.data.folder import ImageFolder
@@ -80,7 +80,8 @@ class Encoding:
     ) -> None:
         if shard_size < 1 or batch_size < 1 or workers < 0:
             raise ElitError(
-                f"shard_size {shard_size} and batch_size {batch_size} must be at least 1, workers {workers} 0"
+                f"shard_size and batch_size must be at least 1, not {shard_size} and {batch_size}, and workers at "
+                f"least 0, not {workers}"
             )
         if dtype not in DTYPES:
             raise ElitError(f"dtype is {dtype!r}; it is one of {', '.join(DTYPES)}")
@@ -110,6 +111,7 @@ class Encoding:
         self.todo = [shard for shard in range(rank, len(self.shards), processes) if shard not in self._done]
 
     def __iter__(self) -> Iterator[EncodeReport]:
+        make_folder(self.out)  # one that cannot be made is told before the work
         batches = {shard: self._batches(self.shards[shard]) for shard in self.todo}
         loader = iter(self._loader([batch for shard in self.todo for batch in batches[shard]]))
         for shard in self.todo:

@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from elit.data.images import CorruptImageError
 from elit.errors import ElitError
 
 LABELS = "dataset.json"
@@ -60,11 +62,10 @@ def find_images(root: str | Path) -> Source:
     root = Path(root)
     if not root.exists():
         raise ElitError(f"there is no folder or zip file {root}; give one of images")
-    listed = sorted(_list(root))
-    names = [name for name in listed if name.lower().endswith(SUFFIXES)]
+    names = image_names(root)
     if not names:
         raise ElitError(f"{root} holds no images; it needs files that end in {', '.join(SUFFIXES)}")
-    if LABELS in listed:
+    if LABELS in _list(root):
         content = parse_labels(read_bytes(root, LABELS), root / LABELS)
         labels = None if content["labels"] is None else labels_of(names, content["labels"], root / LABELS)
         return Source(root, names, labels, content.get("classes"))
@@ -116,11 +117,25 @@ def labels_of(names: Sequence[str], labels: dict[str, int], file: Path) -> list[
     return [labels[name] for name in names]
 
 
+def image_names(root: Path) -> list[str]:
+    """The images of a folder or zip file, sorted; hidden files are none.
+
+    Raises:
+        ElitError: it is neither.
+    """
+    return sorted(name for name in _list(root) if name.lower().endswith(SUFFIXES))
+
+
 def read_bytes(root: Path, name: str) -> bytes:
-    """A file of a source."""
-    if root.is_dir():
-        return (root / name).read_bytes()
-    return _open_zip(root, os.getpid()).read(name)
+    """A file of a source.
+
+    Raises:
+        CorruptImageError: it cannot be read.
+    """
+    try:
+        return (root / name).read_bytes() if root.is_dir() else _open_zip(root, os.getpid()).read(name)
+    except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # of zips: encrypted, or other bytes
+        raise CorruptImageError(f"{type(error).__name__}: {error}") from error
 
 
 def _list(root: Path) -> list[str]:
