@@ -3,11 +3,14 @@
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from elit.errors import ElitError
+
+_UMASK = threading.Lock()  # it is read by being set, for all threads
 
 
 @contextmanager
@@ -94,6 +97,7 @@ def _sync(path: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    with _UMASK:
+        mask = os.umask(0)
+        os.umask(mask)
     return mask

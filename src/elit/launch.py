@@ -1,9 +1,14 @@
-"""What a launcher (torchrun, accelerate launch) tells a process: its place and its GPU. Without one it is alone."""
+"""What a launcher (torchrun, accelerate launch) tells a process: its place and its GPU. And taking turns."""
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
+from elit.atomic import make_folder
 from elit.errors import ElitError
 
 
@@ -33,3 +38,19 @@ def own_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ElitError(f"there is no device {name!r} here ({str(error).splitlines()[0]})") from error
     return device
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time; the system lets go of it when the process dies.
+
+    Raises:
+        ElitError: the folder cannot be made.
+    """
+    make_folder(folder)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -397,9 +397,14 @@ def test_urls_are_copied_once(prepared: Prepared, tmp_path: Path, monkeypatch: p
     assert torch.equal(first.batch(INDICES)[0], open_data(str(prepared.latents)).batch(INDICES)[0])
     pixels = open_data("memory://bucket/images.zip")
     assert torch.equal(pixels.batch(INDICES)[0], ImageFolder(prepared.images).batch(INDICES)[0])
-    times = [file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*")]
-    open_data("memory://bucket/latents")
-    assert times == [file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*")]
+    copies = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    times = [file.stat().st_mtime_ns for file in copies]
+    open_data("memory://bucket/latents/")
+    assert times == [file.stat().st_mtime_ns for file in copies]
+    index = next(file for file in copies if file.name == "index.json")
+    index.write_text("{")
+    assert len(open_data("memory://bucket/latents")) == 57
+    assert [file for file, before in zip(copies, times, strict=True) if file.stat().st_mtime_ns != before] == [index]
     with pytest.raises(ElitError, match="cannot fetch memory://bucket/nothing"):
         open_data("memory://bucket/nothing")
     with pytest.raises(ElitError, match="cannot fetch foo://bar"):

@@ -19,10 +19,11 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from elit.app.processes import Process, alone_in
+from elit.app.processes import Process
 from elit.atomic import atomic_file
 from elit.data.pixels import to_uint8
 from elit.errors import ElitError
+from elit.launch import alone_in
 from elit.seeding import derive_seed
 
 Labels = Literal["balanced", "random"] | list[int]

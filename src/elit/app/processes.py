@@ -5,11 +5,6 @@ pieces that are its own and not there yet; none waits for another, so one that d
 finishes what is missing.
 """
 
-import fcntl
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -43,22 +38,3 @@ def this_process(device: str = "auto", threads: int = 1) -> Process:
         raise ElitError(f"threads is {threads}; it must be at least 1")
     torch.set_num_threads(threads)
     return Process(*place(), own_device(device))
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of it when the process dies.
-
-    Raises:
-        ElitError: the folder cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise ElitError(f"cannot write {folder}: {error.strerror or error}") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

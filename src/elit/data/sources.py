@@ -66,7 +66,10 @@ def find_images(root: str | Path) -> Source:
     if not names:
         raise ElitError(f"{root} holds no images; it needs files that end in {', '.join(SUFFIXES)}")
     if LABELS in _list(root):
-        content = parse_labels(read_bytes(root, LABELS), root / LABELS)
+        try:
+            content = parse_labels(read_bytes(root, LABELS), root / LABELS)
+        except CorruptImageError as error:
+            raise ElitError(f"{root / LABELS} cannot be read ({error}); copy it again") from error
         labels = None if content["labels"] is None else labels_of(names, content["labels"], root / LABELS)
         return Source(root, names, labels, content.get("classes"))
     folders = [name.partition("/")[0] if "/" in name else "" for name in names]
