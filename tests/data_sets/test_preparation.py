@@ -126,6 +126,8 @@ def test_strict_stops_at_a_corrupt_image(prepared: Prepared, tmp_path: Path) -> 
         prepare_convert(str(prepared.source), tmp_path / "out", 32, workers=1, strict=True)
     assert min(prepared.corrupt) in str(error.value)
     assert not (tmp_path / "out" / "dataset.json").exists()
+    with pytest.raises(ElitError, match="was not converted to its end; run elit prepare convert again"):
+        open_data(str(tmp_path / "out"))  # its numbered folders are no classes
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from elit.atomic import atomic_file
 from elit.data.images import TRANSFORMS, CorruptImageError, read_rgb
-from elit.data.sources import LABELS, Source, fingerprint, read_bytes
+from elit.data.sources import LABELS, SETTINGS, Source, fingerprint, read_bytes
 from elit.errors import ElitError
 
-SETTINGS, REPORT = "prepare.json", "report.json"
+REPORT = "report.json"
 FOLDER_SIZE = 1000  # images per folder
 
 

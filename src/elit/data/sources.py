@@ -15,6 +15,7 @@ from elit.data.images import CorruptImageError
 from elit.errors import ElitError
 
 LABELS = "dataset.json"
+SETTINGS = "prepare.json"  # of a conversion, which writes its labels last
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -65,7 +66,10 @@ def find_images(root: str | Path) -> Source:
     names = image_names(root)
     if not names:
         raise ElitError(f"{root} holds no images; it needs files that end in {', '.join(SUFFIXES)}")
-    if LABELS in _list(root):
+    listed = _list(root)
+    if SETTINGS in listed and LABELS not in listed:
+        raise ElitError(f"{root} was not converted to its end; run elit prepare convert again, it continues")
+    if LABELS in listed:
         try:
             content = parse_labels(read_bytes(root, LABELS), root / LABELS)
         except CorruptImageError as error:
