@@ -2,15 +2,15 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from elit.data.captions import Captioned, captioned_digits
 from elit.data.clips import ClipFolder
 from elit.data.dataset import Data, ImageData
 from elit.data.digits import digits, digits8
+from elit.data.flipped import Flipped
 from elit.data.folder import ImageFolder
-from elit.data.latents import INDEX, PUBLISHED, EncodedFolder, LatentShards, PublishedLatents
+from elit.data.latents import INDEX, PUBLISHED, EncodedFolder, LatentData, LatentShards, PublishedLatents
 from elit.data.moving import moving_digits
 from elit.data.order import batch_indices, sample_indices
 from elit.data.remote import local_copy
@@ -27,7 +27,7 @@ HELD_OUT = "-held-out"
 CLIPS = re.compile(r"(\d+)x(\d+)x(\d+)(?:/(\d+))?")  # FRAMESxHEIGHTxWIDTH, or with /STRIDE
 
 
-def open_data(name: str, held_out: bool = False, text_encoder: str = "words") -> Data:
+def open_data(name: str, held_out: bool = False, text_encoder: str = WORDS, flips: bool = False) -> Data:
     """A data set: its training part, or the part held out.
 
     Args:
@@ -37,19 +37,20 @@ def open_data(name: str, held_out: bool = False, text_encoder: str = "words") ->
             encode on the fly with a diffusers autoencoder.
         held_out: the held-out part; of a folder, the folder beside it whose name has ``-held-out`` added.
         text_encoder: of captions, see :func:`~elit.data.text.open_encoder`.
+        flips: mirror half of the images at random.
 
     Raises:
-        ElitError: there is no such data set, or it is damaged; or a text encoder without captions.
+        ElitError: there is no such data set, or it is damaged; a text encoder without captions; or flips of latents.
     """
     data = EMBEDDED[name](held_out) if name in EMBEDDED else _open_folder(name, held_out)
-    if isinstance(data, Captioned):
-        return data if text_encoder == WORDS else replace(data, encode=open_encoder(text_encoder))
-    captions: Sequence[str] | None = getattr(data, "captions", None)  # those of folders can have them
-    if captions is not None:
-        return Captioned(data, captions, open_encoder(text_encoder))
-    if text_encoder != WORDS:
+    captions: Sequence[str] | None = getattr(data, "captions", None)  # of folders, and where they are embedded
+    if captions is None and text_encoder != WORDS:
         raise ElitError(f"text_encoder is {text_encoder}, and {name} has no captions")
-    return data
+    samples: Data = data.data if isinstance(data, Captioned) else data
+    if flips and isinstance(samples, LatentData):
+        raise ElitError(f"{name} holds latents, which cannot be mirrored; encode them with elit prepare encode --flips")
+    samples = Flipped(samples) if flips else samples
+    return samples if captions is None else Captioned(samples, captions, open_encoder(text_encoder))
 
 
 def _open_folder(name: str, held_out: bool) -> Data:
@@ -84,6 +85,7 @@ __all__ = [
     "ClipFolder",
     "Data",
     "EncodedFolder",
+    "Flipped",
     "ImageData",
     "ImageFolder",
     "LatentShards",

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from elit.atomic import atomic_file
 from elit.data.images import TRANSFORMS, CorruptImageError, read_rgb
-from elit.data.sources import CAPTIONS, LABELS, Source, fingerprint, read_bytes
+from elit.data.sources import CAPTIONS, LABELS, SETTINGS, Source, fingerprint, read_bytes
 from elit.errors import ElitError
 
-SETTINGS, REPORT = "prepare.json", "report.json"
+REPORT = "report.json"
 FOLDER_SIZE = 1000  # images per folder
 
 
@@ -107,6 +107,8 @@ def _in_processes(convert: "partial[str | None]", jobs: list[tuple[int, str]], w
 
 def _write_or_compare(file: Path, settings: dict[str, object]) -> None:
     if not file.exists():
+        if file.parent.is_file():
+            raise ElitError(f"{file.parent} is a file; choose a new or empty folder")
         if file.parent.exists() and any(not path.name.startswith(".") for path in file.parent.iterdir()):
             raise ElitError(f"{file.parent} holds other files; choose a new or empty folder")
         write_json(file, settings)

@@ -18,6 +18,7 @@ from elit.data.clips import ClipFolder
 from elit.data.folder import ImageFolder
 from elit.data.sources import LABELS, count_classes, labels_of, parse_labels
 from elit.errors import ElitError
+from elit.launch import own_device
 
 INDEX = "index.json"
 PUBLISHED = "vae-sd"
@@ -57,7 +58,7 @@ class LatentData(ABC):
 
     def _noise(self, indices: Tensor, generator: torch.Generator) -> Tensor:
         """Unit noise (B, C, h, w): one draw of the generator makes the seed, and each index its own noise."""
-        seed = int(torch.randint(2**62, (), generator=generator))
+        seed = seeding.drawn_seed(generator)
         draws = [seeding.generator(seed, "posterior", index) for index in indices.tolist()]
         return torch.stack([torch.randn(self.shape, generator=draw) for draw in draws])
 
@@ -71,14 +72,19 @@ class LatentShards(LatentData):
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        index = _read_index(self.root / INDEX)
+        index = read_index(self.root / INDEX)
         self._shards = _Shards([self.root / shard["file"] for shard in index["shards"]])
         self.shape = tuple(index["shape"])
         self.num_classes, self.captions = index["num_classes"], index.get("captions")
         self.scaling = (index["scaling_factor"], index["shift_factor"])
         counts = [shard["count"] for shard in index["shards"]]
         self._ends = np.cumsum(counts)
-        self.labels = torch.cat([self._shards.whole(shard, "labels") for shard in range(len(counts))])
+        labels = [self._shards.whole(shard, "labels") for shard in range(len(counts))]
+        for shard, count in enumerate(counts):
+            if len(labels[shard]) != count:
+                file = self._shards.files[shard]
+                raise ElitError(f"{file} holds {len(labels[shard])} images and the index has {count}; encode it again")
+        self.labels = torch.cat(labels)
 
     def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         places = [self._place(index) for index in indices.tolist()]
@@ -116,7 +122,12 @@ class _Shards:
         return self._open[shard, name]
 
 
-def _read_index(file: Path) -> dict[str, Any]:
+def read_index(file: Path) -> dict[str, Any]:
+    """The content of an ``index.json`` of shards.
+
+    Raises:
+        ElitError: it is missing, damaged or something else.
+    """
     try:
         index = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -124,6 +135,8 @@ def _read_index(file: Path) -> dict[str, Any]:
     needed = {"shape", "num_classes", "scaling_factor", "shift_factor", "shards"}
     if not isinstance(index, dict) or not needed <= index.keys():
         raise ElitError(f"{file} is no index of latents: it lacks {', '.join(sorted(needed - set(index)))}")
+    if not all(isinstance(shard, dict) and {"file", "count", "sha256"} <= shard.keys() for shard in index["shards"]):
+        raise ElitError(f"{file} is damaged: a shard needs file, count and sha256; run elit prepare encode again")
     return index
 
 
@@ -202,7 +215,7 @@ class EncodedFolder(LatentData):
 
     def __init__(self, images: ImageFolder | ClipFolder, autoencoder: str | Path, batch_size: int = 32) -> None:
         self.images = images
-        self.autoencoder = load_autoencoder(autoencoder)
+        self.autoencoder = load_autoencoder(autoencoder).to(own_device())
         self.batch_size = batch_size
         self.labels, self.num_classes, self.captions = images.labels, images.num_classes, images.captions
         self.scaling = scaling(self.autoencoder)
@@ -212,8 +225,6 @@ class EncodedFolder(LatentData):
         return tuple(self.moments(torch.tensor([0]))[0].shape[1:])
 
     def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        # Not before a batch is asked for: by then every process has chosen its GPU.
-        self.autoencoder.to("cuda" if torch.cuda.is_available() else "cpu")
         batches = (self.images.batch(part)[0] for part in indices.split(self.batch_size))
         parts = [posterior(images, self.autoencoder) for images in batches]
         mean, std = (torch.cat(kind).float() for kind in zip(*parts, strict=True))

@@ -4,15 +4,18 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from elit.data.images import CorruptImageError
 from elit.errors import ElitError
 
 LABELS, CAPTIONS = "dataset.json", "metadata.jsonl"
+SETTINGS = "prepare.json"  # of a conversion, which writes its labels last
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 T = TypeVar("T")
 
@@ -65,16 +68,17 @@ def find_images(root: str | Path) -> Source:
     root = Path(root)
     if not root.exists():
         raise ElitError(f"there is no folder or zip file {root}; give one of images")
-    listed = sorted(_list(root))
-    names = [name for name in listed if name.lower().endswith(SUFFIXES)]
+    names = image_names(root)
     if not names:
         clips = f"of a folder of videos, {root}@8x64x64 are clips of 8 frames of 64x64 pixels"
         raise ElitError(f"{root} holds no images; it needs files that end in {', '.join(SUFFIXES)} ({clips})")
+    listed = _list(root)
+    if SETTINGS in listed and LABELS not in listed:
+        raise ElitError(f"{root} was not converted to its end; run elit prepare convert again, it continues")
     if CAPTIONS in listed:
-        captions = captions_of(names, read_bytes(root, CAPTIONS), root / CAPTIONS)
-        return Source(root, names, None, captions=captions)
+        return Source(root, names, None, captions=captions_of(names, _listed_bytes(root, CAPTIONS), root / CAPTIONS))
     if LABELS in listed:
-        content = parse_labels(read_bytes(root, LABELS), root / LABELS)
+        content = parse_labels(_listed_bytes(root, LABELS), root / LABELS)
         labels = None if content["labels"] is None else labels_of(names, content["labels"], root / LABELS)
         return Source(root, names, labels, content.get("classes"))
     folders = [name.partition("/")[0] if "/" in name else "" for name in names]
@@ -86,6 +90,13 @@ def find_images(root: str | Path) -> Source:
         raise ElitError(f"{root / loose} lies in no class folder and others do; move it, or add a {LABELS}")
     number = {name: label for label, name in enumerate(classes)}
     return Source(root, names, [number[folder] for folder in folders], classes)
+
+
+def _listed_bytes(root: Path, name: str) -> bytes:
+    try:
+        return read_bytes(root, name)
+    except CorruptImageError as error:
+        raise ElitError(f"{root / name} cannot be read ({error}); copy it again") from error
 
 
 def parse_labels(text: bytes, file: Path) -> dict[str, Any]:
@@ -153,11 +164,25 @@ def _of_each(names: Sequence[str], values: Mapping[str, T], kind: str, file: Pat
     return [values[name] for name in names]
 
 
+def image_names(root: Path) -> list[str]:
+    """The images of a folder or zip file, sorted; hidden files are none.
+
+    Raises:
+        ElitError: it is neither.
+    """
+    return sorted(name for name in _list(root) if name.lower().endswith(SUFFIXES))
+
+
 def read_bytes(root: Path, name: str) -> bytes:
-    """A file of a source."""
-    if root.is_dir():
-        return (root / name).read_bytes()
-    return _open_zip(root, os.getpid()).read(name)
+    """A file of a source.
+
+    Raises:
+        CorruptImageError: it cannot be read.
+    """
+    try:
+        return (root / name).read_bytes() if root.is_dir() else _open_zip(root, os.getpid()).read(name)
+    except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # of zips: encrypted, or other bytes
+        raise CorruptImageError(f"{type(error).__name__}: {error}") from error
 
 
 def _list(root: Path) -> list[str]:

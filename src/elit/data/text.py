@@ -9,6 +9,7 @@ import torch
 from elit.conditions import Text
 from elit.data.captions import WordVectors
 from elit.errors import ElitError
+from elit.launch import own_device
 
 WORDS = "words"
 
@@ -49,8 +50,9 @@ class TextEncoder:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         of_text = whole.get_encoder() if whole.config.is_encoder_decoder else getattr(whole, "text_model", whole)
-        self.model = of_text.eval().requires_grad_(False)
-        self.max_length, self.device = max_length, device
+        self.device = own_device() if device is None else device
+        self.model = of_text.to(self.device).eval().requires_grad_(False)
+        self.max_length = max_length
 
     @property
     def width(self) -> int:
@@ -59,12 +61,9 @@ class TextEncoder:
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str]) -> Text:
         """Prompts as text, padded on the right to the longest of them; ``[""]`` is the empty prompt."""
-        # Not before there are prompts: by then every process has chosen its GPU.
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.to(device)
         found = self.tokenizer(
             list(prompts), padding=True, padding_side="right", truncation=True, max_length=self.max_length,
             return_tensors="pt",
-        ).to(device)  # fmt: skip
+        ).to(self.device)  # fmt: skip
         tokens = self.model(input_ids=found.input_ids, attention_mask=found.attention_mask).last_hidden_state
         return Text(tokens.float(), found.attention_mask.bool())

@@ -1,7 +1,6 @@
 """Networks whose features scores are made of: Inception (2015), DINOv2 ViT-L/14, and the classifiers of the digits."""
 
 import io
-import os
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from elit.data import EMBEDDED, open_data
 from elit.data.pixels import from_uint8
+from elit.data.remote import cache_folder
 from elit.digest import weights_digest
 from elit.errors import ElitError
 from elit.evaluation.classifier import Classifier, train_classifier
@@ -82,12 +82,6 @@ def open_extractor(
     if name in EMBEDDED:
         return digit_features(name, weights, device)
     raise ElitError(f"no extractor is named {name!r}; there are inception, dinov2, {', '.join(EMBEDDED)}")
-
-
-def cache_folder() -> Path:
-    """Where weights and features are kept: ``$ELIT_CACHE``, or ``elit`` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("ELIT_CACHE") or Path(base) / "elit")
 
 
 # ------------------------------------------------------------------------------------------------ Inception

@@ -109,6 +109,7 @@ class TrainConfig:
         data: name of the data set, or where it lies.
         text_encoder: of captions: a text encoder of transformers (a folder or a Hub id), or words, a random vector for
             each word.
+        flips: mirror half of the images at random; latents are mirrored when they are encoded.
         model: what to train.
         elit: at which budgets.
         optimizer: how.
@@ -137,6 +138,7 @@ class TrainConfig:
     resume: str | None = None
     data: str = "digits"
     text_encoder: str = "words"
+    flips: bool = False
     model: ModelChoice = field(default_factory=ModelChoice)
     elit: ElasticConfig = field(default_factory=ElasticConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

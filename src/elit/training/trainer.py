@@ -121,7 +121,9 @@ class Trainer:
         self.config = config
         self.run = Path(config.out)
         state.to_continue(self.run, config.resume)  # a wrong path is told before anything is built
-        self.data = open_data(config.data, text_encoder=config.text_encoder) if data is None else data
+        if data is None:
+            data = open_data(config.data, text_encoder=config.text_encoder, flips=config.flips)
+        self.data = data
         self.path = path_named(config.path)
         self.model = build_model(config, self.data)
         self.levels = training_levels(config.elit, self.model)
