@@ -11,7 +11,7 @@ from elit import ElitError
 from elit.interface import BudgetByNoise
 from elit.models import DFM
 from elit.training import ElasticConfig, ModelChoice, OptimizerConfig, StepReport, Trainer, ValidationConfig
-from elit.training.batch import micro_batches, share
+from elit.training.batch import as_many_for_all, micro_batches, share
 from elit.training.trainer import prepare_blocks
 from runs import FIELDS, config
 
@@ -37,8 +37,22 @@ def test_shares_cover_the_batch() -> None:
 
 
 def test_micro_batches_have_one_level_each() -> None:
-    parts = [(level, index.tolist()) for level, index in micro_batches([4, 16, 4, 4, 16], 2)]
+    parts = [(part.level, part.places.tolist()) for part in micro_batches([4, 16, 4, 4, 16], 2)]
     assert parts == [(4, [0, 2]), (4, [3]), (16, [1, 4])]
+
+
+def test_processes_with_less_to_do_join_with_samples_that_weigh_nothing() -> None:
+    levels = [4, 4, 4, 16, 8, 4, 16]  # of two processes: two levels in 3 samples, three levels in 4
+    shares = [levels[share(7, process, 2)] for process in range(2)]
+    parts = [as_many_for_all(micro_batches(of_process, 2), levels, 2, 2) for of_process in shares]
+    assert len(parts[0]) == len(parts[1]) == 3
+    for of_process, its_parts in zip(shares, parts, strict=True):
+        weights = [0.0] * len(of_process)
+        for part in its_parts:
+            for place in part.places:
+                assert of_process[place] == part.level
+                weights[place] += part.weight
+        assert weights == [1.0] * len(of_process)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +135,7 @@ def test_held_out_loss_is_logged_for_each_budget(tmp_path: Path) -> None:
     wanted = ValidationConfig(every=3, budgets=[0.25, 1.0], samples=32)
     trainer = Trainer(config(tmp_path / "run", steps=3, validation=wanted))
     trainer.run_to_end()
-    losses = trainer.validation.losses(trainer.ema.module)
+    losses = trainer.validation.losses(trainer.averaged(), trainer.accelerator)
     assert list(losses) == ["held_out_loss/0.25", "held_out_loss/1"]
     assert losses["held_out_loss/0.25"] != losses["held_out_loss/1"]
     assert trainer.last_speed is not None
