@@ -110,9 +110,10 @@ def wait_for_line(log: Path, line: int, process: Popen[bytes]) -> None:
 
 def kill(process: Popen[bytes], workers: int | None = None) -> None:
     """Kill -9: the process and its children, or of a launcher's children the last ones, which ends the others too."""
-    children: list[str] = []
-    while not children and workers is not None and process.poll() is None:  # a launcher that has just begun
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    children = listed.read_text().split()
+    while workers is not None and not children and process.poll() is None:  # a launcher that has just begun
+        children = listed.read_text().split()
     for child in children if workers is None else children[-workers:]:
         os.kill(int(child), signal.SIGKILL)
     if workers is None:
@@ -121,5 +122,8 @@ def kill(process: Popen[bytes], workers: int | None = None) -> None:
 
 
 if __name__ == "__main__":
+    from accelerate import PartialState
+
+    PartialState.destroy_process_group = lambda *_, **__: None  # at the end of a run: the next one has it too
     for file in sys.argv[1:]:
         assert main(["train", "--config", file]) == 0
