@@ -74,7 +74,9 @@ def train_together(folder: Path, *configs: TrainConfig, processes: int = 2) -> s
     files = [folder / f"{i}.yaml" for i in range(len(configs))]
     for file, settings in zip(files, configs, strict=True):
         file.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(settings)))))
-    command = [*launch(processes)[:-2], __file__, *map(str, files)]
+    # Not torchrun, which other tests use. --multi_gpu is the launcher of several processes, also without a GPU.
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes))
+    command = [sys.executable, *launcher, "--main_process_port", "0", __file__, *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -125,7 +125,10 @@ def test_images_of_the_published_layout(tmp_path: Path, encoder: str) -> None:
     ("changes", "message"),
     [
         ({"repa": RepaConfig("ENCODER", depth=2)}, "repa.depth is 2; the model has spatial tokens after its blocks 1 "),
-        ({"repa": RepaConfig("runs/no/encoder", depth=1)}, "no weights of DINOv2 at runs/no/encoder; .* with --repa.encoder"),
+        (
+            {"repa": RepaConfig("runs/no/encoder", depth=1)},
+            "no weights of DINOv2 at runs/no/encoder; .* with --repa.encoder",
+        ),
         ({"repa": RepaConfig("ENCODER", coefficient=-1.0, depth=1)}, "repa.coefficient is -1.0"),
         (
             {"elit": ElasticConfig(), "model": ModelChoice("HDiT-S/2", {"width": 32, "num_heads": 2, "patch_size": 1})},
