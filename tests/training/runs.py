@@ -110,13 +110,17 @@ def wait_for_line(log: Path, line: int, process: Popen[bytes]) -> None:
         time.sleep(0.005)
 
 
+def children(process: Popen[bytes]) -> list[str]:
+    """Process ids, the last born at the end."""
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
 def kill(process: Popen[bytes], workers: int | None = None) -> None:
     """Kill -9: the process and its children, or of a launcher's children the last ones, which ends the others too."""
-    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    children = listed.read_text().split()
-    while workers is not None and not children and process.poll() is None:  # a launcher that has just begun
-        children = listed.read_text().split()
-    for child in children if workers is None else children[-workers:]:
+    found = children(process)
+    while workers is not None and not found and process.poll() is None:  # a launcher that has just begun
+        found = children(process)
+    for child in found if workers is None else found[-workers:]:
         os.kill(int(child), signal.SIGKILL)
     if workers is None:
         process.kill()

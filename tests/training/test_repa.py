@@ -11,7 +11,7 @@ from PIL import Image
 import elit
 from elit import ElitError
 from elit.data import ImageData, digits8
-from elit.training import ElasticConfig, ModelChoice, OptimizerConfig, RepaConfig, TrainConfig, Trainer
+from elit.training import ElasticConfig, ModelChoice, OptimizerConfig, RepaConfig, TrainConfig, Trainer, repa
 from elit.training.repa import Features
 from runs import FIELDS, config, contents, small_encoder
 
@@ -19,6 +19,11 @@ from runs import FIELDS, config, contents, small_encoder
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(small_encoder(tmp_path_factory.mktemp("dino") / "encoder"))
+
+
+@pytest.fixture(autouse=True)
+def _narrow_projector(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repa, "HIDDEN", 64)  # for speed
 
 
 def aligned(out: Path, encoder: str, **changes: Any) -> TrainConfig:

@@ -139,6 +139,7 @@ class Trainer:
         self.step = 0
         self.seen = 0  # samples, over all steps
         self.skipped = 0
+        self._told_to_stop = False  # by a signal, of which the other processes hear at the next step
         self._stop = False
 
     def __iter__(self) -> Iterator[StepReport]:
@@ -279,7 +280,7 @@ class Trainer:
 
     def _agree(self, losses: Tensor) -> list[float]:
         """The losses summed over processes, which also learn here whether one of them was told to stop."""
-        told = torch.cat((losses, losses.new_tensor([float(self._stop)])))
+        told = torch.cat((losses, losses.new_tensor([float(self._told_to_stop)])))
         *totals, stop = self.accelerator.reduce(told, "sum").tolist()
         self._stop = stop > 0
         return totals
@@ -446,10 +447,10 @@ def half_precision(config: TrainConfig) -> torch.dtype | None:
 
 @contextmanager
 def _stop_on_signals(trainer: Trainer) -> Iterator[None]:
-    """SIGINT and SIGTERM end the loop after the step at hand, so that what is saved is consistent."""
+    """SIGINT and SIGTERM end the loop after a step that all processes end with, so that what is saved is consistent."""
 
     def stop(*_: object) -> None:
-        trainer._stop = True
+        trainer._told_to_stop = True
 
     if threading.current_thread() is not threading.main_thread():
         yield
