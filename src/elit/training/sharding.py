@@ -1,13 +1,13 @@
-"""FSDP2: weights, averages and optimizer state in shards, one for each process, and whole again."""
+"""FSDP2: weights, averages and optimizer state in shards, one for each process, and whole again.
+
+Its modules are imported where they are used: they take longer to load than the rest of a command line.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(network: nn.Module, blocks: Iterable[nn.Module], processes: int, device: torch.device) -> None:
@@ -16,6 +16,9 @@ def shard(network: nn.Module, blocks: Iterable[nn.Module], processes: int, devic
     The blocks are gathered one at a time for their forward and backward; the rest of the network is one group more,
     which stays gathered in between.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (processes,))
     for block in blocks:
         fully_shard(block, mesh=mesh)
@@ -28,6 +31,8 @@ def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]
     Args:
         keep: False gives nothing, where a process does its part only.
     """
+    from torch.distributed.tensor import DTensor
+
     found = {}
     for name, value in tensors.items():
         full = value.full_tensor() if isinstance(value, DTensor) else value
@@ -39,6 +44,8 @@ def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]
 
 def like(tensor: Tensor, target: Any) -> Tensor:
     """A whole tensor as the target is: this process's shard of it, or as it was."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     if not isinstance(target, DTensor) or tensor.shape != target.shape:  # a step count belongs to no shard
         return tensor
     return distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)

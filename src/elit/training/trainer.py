@@ -18,8 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -255,9 +253,9 @@ class Trainer:
         by_noise = self.config.elit.by_noise
         return [level] * len(t) if by_noise is None else [self.model.level(by_noise(time)) for time in t.tolist()]
 
-    def _sync(self, network: nn.Module, last: bool) -> AbstractContextManager[None]:
+    def _sync(self, network: Any, last: bool) -> AbstractContextManager[None]:
         """Within it, gradients of processes are averaged after the last micro-batch only."""
-        if isinstance(network, FSDPModule):
+        if self.sharded:
             network.set_requires_gradient_sync(last)
             return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(network)
@@ -290,8 +288,8 @@ class Trainer:
         optimizers = self.trained.optimizers.values()
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
-        of_all = nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.optimizer.clip)
-        norm = float(of_all.full_tensor() if isinstance(of_all, DTensor) else of_all)
+        of_all: Any = nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.optimizer.clip)
+        norm = float(of_all.full_tensor() if self.sharded else of_all)
         if finite and math.isfinite(norm):
             for optimizer in optimizers:
                 self.scaler.step(optimizer)
