@@ -67,19 +67,20 @@ def show_progress(trainer: Trainer) -> None:
                 if trainer.last_speed.mfu is not None:
                     shown["MFU"] = f"{trainer.last_speed.mfu:.0%}"
             bar.set_postfix(shown, refresh=False)
-            if trainer.is_main and trainer.validation.due(report.step) and trainer.config.validation.images:
-                draw_samples(trainer)
+            if trainer.validation.due(report.step) and trainer.config.validation.images:
+                model = trainer.averaged()  # all processes put it together
+                if trainer.is_main:
+                    draw_samples(trainer, model)
 
 
-def draw_samples(trainer: Trainer) -> Path:
+def draw_samples(trainer: Trainer, model: Model) -> Path:
     """Writes ``samples/step-….png``, or ``.gif`` for clips, of the averaged weights: a row for each budget, the same
     seeds in all of them. Captions are those of the held-out data.
 
     Raises:
         ElitError: the picture cannot be written, or the autoencoder is missing.
     """
-    config, model = trainer.config, trainer.ema.module
-    assert isinstance(model, Model)
+    config = trainer.config
     wanted, classes = config.validation, model.config.num_classes
     condition: Any = [i % classes for i in range(wanted.images)] if classes else None
     if isinstance(model, MMDiT):

@@ -6,8 +6,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from elit.conditions import map_condition
-
 
 class Data(Protocol):
     """Samples in the model's space, with labels or text."""
@@ -40,12 +38,12 @@ class ImageData:
 
     Attributes:
         images: (M, C, H, W).
-        labels: (M,), or text.
+        labels: (M,).
         num_classes: number of labels.
     """
 
     images: Tensor
-    labels: Any
+    labels: Tensor
     num_classes: int
 
     @property
@@ -55,5 +53,5 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Any]:
-        return self.images[indices], map_condition(lambda values: values[indices], self.labels)
+    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        return self.images[indices], self.labels[indices]

@@ -153,7 +153,8 @@ class PublishedLatents(LatentData):
     scaling = PUBLISHED_SCALING
 
     def __init__(self, root: str | Path) -> None:
-        folder = Path(root) / PUBLISHED
+        self.root = Path(root)
+        folder = self.root / PUBLISHED
         self.files = sorted(folder.rglob("*.npy"), key=lambda file: file.relative_to(folder).as_posix())
         if not self.files:
             raise ElitError(f"{folder} holds no .npy files")
@@ -166,6 +167,17 @@ class PublishedLatents(LatentData):
         stacked = torch.stack([self._load(index) for index in indices.tolist()])
         mean, std = stacked.float().chunk(2, dim=1)
         return mean, std
+
+    def source_images(self) -> ImageFolder:
+        """The images that were encoded, in the same order.
+
+        Raises:
+            ElitError: the folder ``images`` is missing, or holds others.
+        """
+        images = ImageFolder(self.root / "images")
+        if [_number(name) for name in images.source.names] != [_number(file.name) for file in self.files]:
+            raise ElitError(f"{images.source.root} does not hold one image for each array in {self.root / PUBLISHED}")
+        return images
 
     def _load(self, index: int) -> Tensor:
         file = self.files[index]

@@ -147,21 +147,7 @@ def dinov2(source: str | Path = DINO, resize: Resize = "float", device: torch.de
     Raises:
         ElitError: transformers or the weights are missing, or they are damaged.
     """
-    try:
-        from transformers import Dinov2Model
-    except ImportError as error:
-        raise ElitError(f"DINOv2 features need {error.name}: pip install 'elit-diffusion[evaluate]'") from error
-    try:
-        loaded: Any = Dinov2Model.from_pretrained(str(source), use_safetensors=True, output_loading_info=True)
-    except Exception as error:  # it raises several kinds, also those of safetensors and of the Hub
-        raise ElitError(
-            f"there are no weights of DINOv2 at {source}; give the folder of config.json and model.safetensors of "
-            f"{DINO} with --weights ({str(error).strip().splitlines()[0]})"
-        ) from error
-    network, report = loaded
-    if report["missing_keys"]:
-        raise ElitError(f"{source} does not fit DINOv2: it lacks {sorted(report['missing_keys'])[0]}")
-    network = network.to(device).eval().requires_grad_(False)
+    network = load_dinov2(source, "weights").to(device)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
 
     def features(pixels: Tensor) -> Features:
@@ -178,6 +164,33 @@ def dinov2(source: str | Path = DINO, resize: Resize = "float", device: torch.de
         None,
         features,
     )
+
+
+def load_dinov2(source: str | Path, option: str) -> Any:
+    """A ``Dinov2Model`` of transformers, frozen.
+
+    Args:
+        source: a folder or a Hub id.
+        option: what a user names it with.
+
+    Raises:
+        ElitError: transformers or the weights are missing, or they are damaged.
+    """
+    try:
+        from transformers import Dinov2Model
+    except ImportError as error:
+        raise ElitError(f"DINOv2 features need {error.name}: pip install 'elit-diffusion[evaluate]'") from error
+    try:
+        loaded: Any = Dinov2Model.from_pretrained(str(source), use_safetensors=True, output_loading_info=True)
+    except Exception as error:  # it raises several kinds, also those of safetensors and of the Hub
+        raise ElitError(
+            f"there are no weights of DINOv2 at {source}; give the folder of config.json and model.safetensors, such "
+            f"as those of {DINO}, with --{option} ({str(error).strip().splitlines()[0]})"
+        ) from error
+    network, report = loaded
+    if report["missing_keys"]:
+        raise ElitError(f"{source} does not fit DINOv2: it lacks {sorted(report['missing_keys'])[0]}")
+    return network.eval().requires_grad_(False)
 
 
 def _to_224(pixels: Tensor, resize: Resize) -> Tensor:
