@@ -64,7 +64,7 @@ def images_of(data: Data) -> ImageFolder | None:
     Raises:
         ElitError: data without images.
     """
-    if isinstance(data, EncodedFolder):
+    if isinstance(data, EncodedFolder) and isinstance(data.images, ImageFolder):
         return data.images
     if isinstance(data, PublishedLatents):
         return data.source_images()
