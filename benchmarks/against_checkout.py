@@ -2,7 +2,8 @@
 
     git worktree add ../before main && python benchmarks/against_checkout.py ../before
 
-Both models have the same weights. The ratio is the median over turns of (here / there): below 1 is faster here.
+Both models have the same weights. The ratio is the median over turns of (here / there): below 1 is faster here. Times
+are processor time, which other work on the machine changes little; set OMP_NUM_THREADS=1, for it adds threads up.
 """
 
 import statistics
@@ -54,12 +55,12 @@ def compare(checkout: Path, model: str = "ELIT-DiT-B/2", batch_size: int = 2, tu
     for turn in range(turns):
         seconds = [0.0, 0.0]
         for i in (0, 1) if turn % 2 else (1, 0):
-            start = time.perf_counter()
+            start = time.process_time()
             models[i](x, t, y)
-            seconds[i] = time.perf_counter() - start
+            seconds[i] = time.process_time() - start
         ratios.append(seconds[0] / seconds[1])
     low, middle, high = statistics.quantiles(ratios, n=4)
-    print(f"{model}, here / there: {middle:.3f}, quartiles {low:.3f} to {high:.3f}")
+    print(f"{model}, processor time here / there: {middle:.3f}, quartiles {low:.3f} to {high:.3f}")
 
 
 if __name__ == "__main__":

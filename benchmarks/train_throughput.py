@@ -5,13 +5,18 @@
 
 The trainer itself runs, on random latents: data loading is not part of it. A step is forward, backward, clipping,
 AdamW and the moving average. Its FLOPs are 3 forwards, with two for a multiply-add. MFU is FLOP/s over the device's
-bf16 peak (elit.training.speed.PEAK), shown where that is known; memory is that of the GPU. Multi-budget is 1/16 of the
-latents to all, uniformly.
+bf16 peak (elit.training.speed.PEAK), shown where that is known. Each run has a process of its own, so that its peak of
+memory is its own: that of the GPU, or on a processor by how much the resident memory of the process grew since its
+libraries were loaded. Multi-budget is 1/16 of the latents to all, uniformly.
 """
 
+import multiprocessing
+import resource
 import statistics
+import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from typing import Literal, NamedTuple
 
 import torch
@@ -28,7 +33,7 @@ WARMUP = 3
 
 
 class Measured(NamedTuple):
-    """Means over the timed steps: seconds, FLOPs, utilisation; and the peak of GPU memory in GB, 0 on a processor."""
+    """Means over the timed steps: seconds, FLOPs, utilisation; and the peak of memory in GB."""
 
     seconds: float
     flops: float
@@ -78,11 +83,12 @@ def benchmark(
             checkpoint_activations=checkpoint_activations,
             checkpoint_every=1_000_000,
         )
-        seen = measure(config, resolution)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as own_process:
+            seen = own_process.submit(measure, config, resolution).result()
         table.add_row(
             *(title, f"{seen.flops / 1e12:.3f}", f"{1 / seen.seconds:.3f}", f"{batch_size / seen.seconds:.2f}"),
             *(f"{seen.flops / seen.seconds / 1e12:.3f}", "unknown" if seen.mfu is None else f"{seen.mfu:.1%}"),
-            f"{seen.peak_memory:.2f}" if seen.peak_memory else "-",
+            f"{seen.peak_memory:.2f}",
         )
     console = Console(width=120)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
@@ -93,6 +99,7 @@ def benchmark(
 
 def measure(config: TrainConfig, resolution: int) -> Measured:
     """Runs a trainer on random latents for as many steps as it is configured for."""
+    before = peak_resident()
     side = resolution // 8
     draws = torch.Generator().manual_seed(0)
     data = ImageData(
@@ -123,8 +130,14 @@ def measure(config: TrainConfig, resolution: int) -> Measured:
         mean_seconds, mean_flops = statistics.mean(seconds), statistics.mean(flops)
         peak = trainer.speedometer.peak
     mfu = None if peak is None else mean_flops / mean_seconds / peak
-    memory = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
-    return Measured(mean_seconds, mean_flops, mfu, memory)
+    memory = torch.cuda.max_memory_allocated() if cuda else peak_resident() - before
+    return Measured(mean_seconds, mean_flops, mfu, memory / 1e9)
+
+
+def peak_resident() -> int:
+    """The most resident memory that this process had so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

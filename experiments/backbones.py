@@ -4,7 +4,8 @@
     python experiments/backbones.py --steps 300 --names '[ELIT-MMDiT-S/2]'
 
 MM-DiT has captions ("a handwritten three") where the others have labels. Accuracy is how often a classifier, trained on
-real digits, takes a sample for what was asked; the distance is Frechet's, in its features.
+real digits, takes a sample for what was asked; the distance is Frechet's, in its features. ``OUT/seed-N`` keeps the
+runs, and ``samples.png`` with a row for each model and budget.
 """
 
 import time
@@ -15,9 +16,11 @@ import torch
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 import elit
 from elit.analysis import count_flops, count_parameters
+from elit.analysis.plots import budget_label, plot_overview, save
 from elit.app.quickstart import RECIPE
 from elit.conditions import map_condition
 from elit.data import open_data
@@ -30,7 +33,7 @@ NAMES = {
     "ELIT-DiT-S/2": FIELDS,
     "ELIT-UViT-S/2": FIELDS,
     "ELIT-HDiT-S/2": FIELDS | {"inner_depth": 2},
-    "ELIT-MMDiT-S/2": FIELDS | {"text_width": 32},
+    "ELIT-MMDiT-S/2": FIELDS,
 }
 LEVELS = {"ELIT-HDiT-S/2": replace(RECIPE.elit, max_mask_prob=0.75)}  # multiples of 4
 BUDGETS = (1 / 4, 1.0)
@@ -51,12 +54,14 @@ def compare(
         samples: per model and budget.
         seed: of training; samples have the seeds 0, 1, ...
         names: which of the models; default all.
-        out: where the runs are kept; one that is there is continued, or measured where it is done.
+        out: where the runs of each seed are kept; one that is there is continued, or measured where it is done.
     """
+    out = out / f"seed-{seed}"
     digits, held_out = open_data("digits"), open_data("digits", held_out=True)
     classifier = train_classifier(digits)
     real = moments(classify(classifier, digits.batch(torch.arange(len(digits)))[0])[1])
     labels = torch.arange(samples) % digits.num_classes
+    rows: dict[str, list[Tensor]] = {}
     table = Table("model", "M parameters", "s/step", "budget", "MFLOPs", "held-out loss", "accuracy", "distance")
     for name in names or list(NAMES):
         of_text = "MMDiT" in name
@@ -74,6 +79,7 @@ def compare(
         for budget in BUDGETS:
             loss = held_out_loss(model, open_data(data, held_out=True) if of_text else held_out, budget, config.times)
             images = elit.sample(model, given, steps=16, budget=budget, guidance=GUIDANCE, batch_size=100)
+            rows[f"{name}, {budget_label(budget)}"] = list(images[: digits.num_classes])
             predicted, features = classify(classifier, images)
             table.add_row(
                 name, f"{count_parameters(model) / 1e6:.2f}", f"{per_step:.2f}", f"{budget:g}",
@@ -81,6 +87,7 @@ def compare(
                 f"{(predicted == labels).float().mean():.1%}", f"{frechet_distance(moments(features), real):.1f}",
             )  # fmt: skip
     Console(width=120).print(table)
+    save(plot_overview(list(rows.values()), list(rows)), out / "samples.png")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from elit.errors import ElitError
+
+_UMASK = threading.Lock()  # it is read by being set, for all threads
 
 
 @contextmanager
@@ -68,6 +71,18 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it, unless it is there.
+
+    Raises:
+        ElitError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ElitError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def _refuse_existing(path: Path) -> None:
     if path.exists():
         raise ElitError(f"{path} exists already; remove it or choose another name")
@@ -82,6 +97,7 @@ def _sync(path: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    with _UMASK:
+        mask = os.umask(0)
+        os.umask(mask)
     return mask

@@ -19,7 +19,7 @@ from elit.app.convert import convert_model
 from elit.app.evaluate import evaluate, evaluate_compare, evaluate_reference
 from elit.app.info import info
 from elit.app.plan import plan
-from elit.app.prepare import prepare_convert, prepare_encode
+from elit.app.prepare import prepare_convert, prepare_encode, prepare_verify
 from elit.app.quickstart import quickstart
 from elit.app.sample import sample_images
 from elit.app.train import train
@@ -43,9 +43,10 @@ VERBS: dict[str, Callable[..., object]] = {
     "convert": convert_model,
     "prepare-convert": prepare_convert,
     "prepare-encode": prepare_encode,
+    "prepare-verify": prepare_verify,
 }
 
-POSITIONAL = ("info", "convert", "prepare-convert", "prepare-encode", "evaluate-reference")
+POSITIONAL = ("info", "convert", "prepare-convert", "prepare-encode", "prepare-verify", "evaluate-reference")
 """Verbs whose required options need no name."""
 
 
@@ -144,6 +145,10 @@ def _sentence(message: str) -> str:
     # An option that may be left out is a union with None, of which a user need not hear.
     union = r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: (.*?) Expected a <class 'None"
     text = re.sub(f"{union}.*", r"\1", text)
+    text = re.sub(
+        r"Does not validate .*? Subtypes: \[(.*)\] Errors: .* Given value: ", r"Expected one of \1. Got value: ", text
+    )
+    text = text.replace(", <class 'NoneType'>", "")
     text = re.sub(r"""Parser key ["']([\w.]+)["']:""", r"\1:", text)
     for python, plain in (
         ("<class 'int'>", "whole number"),

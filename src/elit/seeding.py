@@ -14,3 +14,8 @@ def derive_seed(*parts: int | str) -> int:
 def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator seeded by :func:`derive_seed` of the parts."""
     return torch.Generator(device).manual_seed(derive_seed(*parts))
+
+
+def drawn_seed(generator: torch.Generator) -> int:
+    """A seed that a generator on the CPU draws: what is derived from it needs no order."""
+    return int(torch.randint(2**62, (), generator=generator))

@@ -149,7 +149,7 @@ def test_wrong_inputs(files: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "holds no images")
     (tmp_path / "text.zip").write_text("text")
-    refused(tmp_path / "text.zip", "is no zip or .npz of images, or it is damaged")
+    refused(tmp_path / "text.zip", "is neither a folder nor a zip file that can be read")
     (tmp_path / "text.npz").write_text("text")
     refused(tmp_path / "text.npz", "is damaged or no .npz")
     refused(files / "images", "is damaged or no .npz", tmp_path / "text.npz")
@@ -166,9 +166,20 @@ def test_wrong_inputs(files: Path, tmp_path: Path) -> None:
     sizes.mkdir()
     for size in (4, 5):
         Image.new("RGB", (size, size)).save(sizes / f"{size}.png")
-    refused(sizes, "differ in size")
+    refused(sizes, "differ in size: 4.png is 4x4 and 5.png is 5x5")
     (sizes / "5.png").write_bytes(b"no image")
-    refused(sizes, "holds a damaged image")
+    refused(sizes, r"sizes/5\.png is a damaged image")
+    for name, words in (
+        ("stored.npz", "changed.npz is damaged"),
+        ("images.zip", r"changed.zip/\d+.png cannot be read"),
+    ):
+        content = bytearray((files / name).read_bytes())
+        content[len(content) // 2] ^= 1  # a bit that the checksum of the archive knows of
+        changed = (tmp_path / "changed").with_suffix(Path(name).suffix)
+        changed.write_bytes(content)
+        refused(changed, words)
+    np.savez(tmp_path / "none.npz", np.zeros((0, 4, 4, 3), np.uint8))
+    refused(tmp_path / "none.npz", "holds no images: arr_0 is empty")
     assert not (tmp_path / "x.json").exists()
     with pytest.raises(ElitError, match="at least two results"):
         evaluate_compare([tmp_path / "x.json"])

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from conftest import randomize
@@ -21,6 +23,7 @@ from elit.cli import main
 from elit.models import DiT
 
 COUNT, BATCH = 43, 8
+FOLDER = Path(__file__).parents[2] / "configs/sample"
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +127,23 @@ def test_images_do_not_depend_on_how_many_there_are(model: Path, tmp_path: Path)
     assert (many[:5] == few).all()
 
 
+def test_a_list_of_labels_can_grow(model: Path, tmp_path: Path) -> None:
+    labels = [3, 1, 4, 1, 5, 9, 2]
+
+    def run(folder: str, given: list[int]) -> np.ndarray:
+        sample_images(str(model), tmp_path / folder, len(given), given, steps=2, batch_size=4, format="npz")
+        archive = np.load(tmp_path / folder / "samples.npz")
+        assert archive["arr_1"].tolist() == given
+        return archive["arr_0"]
+
+    few = run("grown", labels[:3])
+    with pytest.raises(ElitError, match=r"holds images with labels \[3, 1, 4\], not \[3, 2, 4, 1\]"):
+        run("grown", [3, 2, 4, 1])
+    many = run("grown", labels)
+    assert (many[:3] == few).all()
+    assert (many == run("at once", labels)).all()
+
+
 def test_labels() -> None:
     assert [label_of(i, "balanced", 3, 0) for i in range(5)] == [0, 1, 2, 0, 1]
     assert [label_of(i, [4, 2], 9, 0) for i in range(3)] == [4, 2, 4]
@@ -132,14 +152,38 @@ def test_labels() -> None:
     assert drawn.tolist() != [label_of(i, "random", 10, 1) for i in range(2000)]
 
 
-def test_presets_are_read(model: Path, tmp_path: Path) -> None:
-    presets = sorted((Path(__file__).parents[2] / "configs/sample").glob("*.yaml"))
-    assert len(presets) >= 7
-    for preset in presets:
-        out = tmp_path / preset.stem
-        options = ["--model", str(model), "--out", str(out), "--num-images", "2", "--batch-size", "2", "--steps", "2"]
-        assert main(["sample", "--config", str(preset), *options]) == 0
-        assert np.load(out / "samples.npz")["arr_0"].shape == (2, 8, 8, 3)
+PRESETS = {  # the kind of model that each is for
+    "dfm-sit": "DFM-SiT-XL/2",
+    "elit-sit-ccfg": "ELIT-SiT-XL/2",
+    "elit-sit-full": "ELIT-SiT-XL/2",
+    "elit-sit-quarter": "ELIT-SiT-XL/2",
+    "paper": "ELIT-DiT-XL/2",
+    "paper-ccfg": "ELIT-DiT-XL/2",
+    "sit-no-guidance": "SiT-XL/2",
+}
+
+
+def test_every_preset_is_tried() -> None:
+    assert {preset.stem for preset in FOLDER.glob("*.yaml")} == PRESETS.keys()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_run_on_a_small_model_of_their_kind(preset: str, tmp_path: Path) -> None:
+    split = {"head_depth": 1, "tail_depth": 1, "group_size": 4} if "ELIT" in PRESETS[preset] else {}
+    net: Any = create(
+        PRESETS[preset], input_size=16, in_channels=3, num_classes=3, width=32, num_heads=2, depth=3, **split
+    )
+    randomize(net).save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    options = ["--model", str(tmp_path / "model"), "--out", str(out), "--num-images", "2", "--batch-size", "2"]
+    assert main(["sample", "--config", str(FOLDER / f"{preset}.yaml"), *options]) == 0
+    assert np.load(out / "samples.npz")["arr_0"].shape == (2, 16, 16, 3)
+    settings = json.loads((out / "settings.json").read_text())
+    stated = yaml.safe_load((FOLDER / f"{preset}.yaml").read_text())
+    assert settings["steps"] == stated["steps"]
+    if stated["guidance"] == "ccfg":
+        found = settings["guidance"]
+        assert (found["kind"], found["scale"], found["budget"]) == ("ccfg", stated["guidance_scale"], 1 / 16)
 
 
 def test_refusals(model: Path, tmp_path: Path) -> None:
@@ -156,6 +200,9 @@ def test_refusals(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ElitError, match="there is no device 'abacus'"):
         sample_images(str(model), tmp_path / "new", 2, steps=2, device="abacus")
     assert not (tmp_path / "new").exists()
+    with pytest.raises(ElitError, match="budget lists 2 values for 3 sampling steps"):
+        sample_images(str(model), tmp_path / "again", 2, steps=3, budget="0.5,1")
+    sample_images(str(model), tmp_path / "again", 2, steps=2, budget="0.5,1", batch_size=2)  # the folder is free
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(ElitError, match=r"is not empty and has no settings\.json"):

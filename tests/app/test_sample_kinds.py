@@ -1,15 +1,20 @@
-"""`elit sample` for models that are not of labelled images: clips, and prompts."""
+"""`elit sample` for models that are not of labelled images: clips, prompts, and stages."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from conftest import TINY, randomize, tiny
-from elit import ElitError
+from elit import ElitError, load
 from elit.app.sample import sample_images
+from elit.data.captions import WordVectors
+from elit.data.pixels import to_uint8
+from elit.flow import StageSchedule, sample
 from elit.interface import InterfaceConfig
-from elit.models import MMDiT, MMDiTConfig
+from elit.models import DFM, DFMConfig, MMDiT, MMDiTConfig
 
 
 @pytest.fixture
@@ -42,6 +47,66 @@ def test_prompts_become_images(of_text: str, tmp_path: Path) -> None:
     assert both.tobytes() != same.tobytes()
     with pytest.raises(ElitError, match=r"makes images: take \.png"):
         sample_images(of_text, tmp_path / "both.gif", 2, prompts=prompts, steps=2)
+
+
+def test_prompts_of_a_folder_can_grow(of_text: str, tmp_path: Path) -> None:
+    prompts = ["a small three", "a large four", "a five", "six", "a seven or eight"]
+    out = tmp_path / "folder"
+
+    def run(count: int, given: list[str], folder: Path = out) -> dict[str, bytes]:
+        sample_images(of_text, folder, count, prompts=given, steps=2, batch_size=2)
+        return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+
+    few = run(3, prompts[:3])
+    with Image.open(out / "000001.png") as image:
+        about = json.loads(image.info["elit"])
+    assert (about["prompt"], about["index"], about["label"]) == ("a large four", 1, None)
+    assert "prompts" not in about  # of 50,000 images, each would hold all
+    with pytest.raises(ElitError, match="holds images with prompts"):
+        run(5, ["another", *prompts[1:]])
+    with pytest.raises(ElitError, match="holds images with prompts"):
+        run(5, prompts[:1])  # one for all
+    many = run(5, prompts)
+    assert few.items() <= many.items()
+    assert run(3, prompts[:3]) == many  # fewer are there already
+    assert json.loads((out / "settings.json").read_text())["prompts"] == prompts
+    given = WordVectors()(prompts[2:4])
+    expected = to_uint8(sample(load(of_text), given, seeds=[2, 3], steps=2)).numpy()
+    with Image.open(out / "000003.png") as image:
+        found = np.asarray(image).astype(int)
+    assert np.abs(found - expected[1]).max() <= 1  # another number of rows: rounding
+
+
+def test_one_prompt_for_all_of_a_folder(of_text: str, tmp_path: Path) -> None:
+    sample_images(of_text, tmp_path / "one", 2, prompts=["a three"], steps=2, batch_size=2)
+    sample_images(of_text, tmp_path / "one", 4, prompts=["a three"], steps=2, batch_size=2)
+    sample_images(of_text, tmp_path / "each", 4, prompts=["a three"] * 4, steps=2, batch_size=2)
+    assert len({path.read_bytes() for path in (tmp_path / "one").glob("*.png")}) == 4  # other seeds
+    for path in (tmp_path / "one").glob("*.png"):
+        with Image.open(path) as one, Image.open(tmp_path / "each" / path.name) as same:
+            assert one.tobytes() == same.tobytes()
+
+
+def test_stages_of_a_multi_scale_model(tmp_path: Path) -> None:
+    model = randomize(DFM(DFMConfig(**(TINY.__dict__ | {"interface": None, "positions": "sincos"}), stages=2))).eval()
+    model.save_pretrained(tmp_path / "dfm")
+    schedules: list[tuple[int | list[int], list[float] | None, StageSchedule]] = [
+        (5, None, StageSchedule([3, 2], [0.1])),
+        ([1, 3], None, StageSchedule([1, 3], [0.1])),
+        ([1, 3], [0.4], StageSchedule([1, 3], [0.4])),
+        (4, [0.3], StageSchedule([2, 2], [0.3])),
+    ]
+    for i, (steps, thresholds, schedule) in enumerate(schedules):
+        out = tmp_path / f"{i}"
+        sample_images(
+            str(tmp_path / "dfm"), out, 2, steps=steps, stage_thresholds=thresholds, batch_size=2, format="npz"
+        )
+        expected = to_uint8(sample(model, [0, 1], seeds=[0, 1], steps=schedule)).numpy()
+        assert np.abs(np.load(out / "samples.npz")["arr_0"].astype(int) - expected).max() <= 1  # threads may differ
+    with pytest.raises(ElitError, match="a stage schedule has one threshold less than stages, not 2 for 2"):
+        sample_images(str(tmp_path / "dfm"), tmp_path / "x", 2, steps=[1, 1], stage_thresholds=[0.1, 0.1])
+    with pytest.raises(ElitError, match="the schedule has 3 stages; the model has 2"):
+        sample_images(str(tmp_path / "dfm"), tmp_path / "x", 2, steps=[1, 1, 1])
 
 
 def test_prompts_that_do_not_fit(of_text: str, clips: str, tmp_path: Path) -> None:

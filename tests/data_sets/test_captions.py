@@ -28,10 +28,11 @@ def test_captions_stand_where_labels_were() -> None:
 def test_words_are_vectors() -> None:
     text = WordVectors(8)(["a three", "three", ""])
     assert text.tokens.shape == (3, 2, 8)
-    assert text.mask.tolist() == [[True, True], [True, False], [False, False]]
+    assert text.mask.tolist() == [[True, True], [True, False], [True, False]]
     assert torch.equal(text.tokens[0, 1], text.tokens[1, 0])
     assert not torch.equal(text.tokens[0, 0], text.tokens[0, 1])
     assert not text.tokens[~text.mask].any()
+    assert not text.tokens[2].any()  # what a model takes for no text
 
 
 def test_a_model_of_text_trains(tmp_path: Path) -> None:
@@ -42,7 +43,8 @@ def test_a_model_of_text_trains(tmp_path: Path) -> None:
         out=str(tmp_path / "run"), model=ModelChoice("ELIT-MMDiT-S/2", fields), steps=3, batch_size=8,
         label_dropout=0.5, optimizer=OptimizerConfig(warmup_steps=1), precision="fp32",
     )  # fmt: skip
-    trainer = Trainer(config, Captioned(digits8(), CAPTIONS, WordVectors(8)))
+    data = digits8()
+    trainer = Trainer(config, Captioned(data, [CAPTIONS[label] for label in data.labels], WordVectors(8)))
     losses = [report.loss for report in trainer]
     assert len(losses) == 3
     loaded = MMDiT.from_pretrained(tmp_path / "run")

@@ -77,7 +77,7 @@ def test_from_files_to_samples(root: Path) -> None:
 
 def test_pixels_need_no_autoencoder(root: Path) -> None:
     settings = ("--model.fields", TINY, "--model.name", "ELIT-DiT-S/4", "--steps", 2, "--batch-size", 4)
-    done = elit("train", "--data", root / "images", "--out", root / "pixels", *settings)
+    done = elit("train", "--data", root / "images", "--flips", "true", "--out", root / "pixels", *settings)
     assert "on 501 images" in done.stdout
 
 

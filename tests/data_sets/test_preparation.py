@@ -13,10 +13,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from elit import ElitError
-from elit.app.prepare import prepare_convert, prepare_encode
+from elit.app.prepare import prepare_convert, prepare_encode, prepare_verify
 from elit.data import Data, EncodedFolder, ImageFolder, LatentShards, PublishedLatents, batch_indices, open_data
 from elit.data.sources import find_images
 from elit.seeding import generator
@@ -110,11 +110,24 @@ def test_loose_images_are_unlabelled(prepared: Prepared, tmp_path: Path) -> None
     assert labels_file(tmp_path / "out") == {"labels": None}
 
 
+def test_images_that_their_zip_has_damaged_are_reported(prepared: Prepared, tmp_path: Path) -> None:
+    archive = zipped(prepared.images / "00000", tmp_path / "images.zip")
+    content = bytearray(archive.read_bytes())
+    content[len(content) // 2] ^= 1
+    archive.write_bytes(content)
+    prepare_convert(str(archive), tmp_path / "out", 32, workers=1)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["images"] == 56
+    assert "Bad CRC-32" in report["skipped"][0]["reason"]
+
+
 def test_strict_stops_at_a_corrupt_image(prepared: Prepared, tmp_path: Path) -> None:
     with pytest.raises(ElitError, match=r"cannot be read \(.*\); repair or remove it") as error:
         prepare_convert(str(prepared.source), tmp_path / "out", 32, workers=1, strict=True)
     assert min(prepared.corrupt) in str(error.value)
     assert not (tmp_path / "out" / "dataset.json").exists()
+    with pytest.raises(ElitError, match="was not converted to its end; run elit prepare convert again"):
+        open_data(str(tmp_path / "out"))  # its numbered folders are no classes
 
 
 @pytest.mark.parametrize(
@@ -158,6 +171,8 @@ def test_wrong_sources_and_options(prepared: Prepared, tmp_path: Path) -> None:
         prepare_convert(str(prepared.source), tmp_path / "out", 0, workers=1)
     with pytest.raises(ElitError, match="was begun with another resolution"):
         prepare_convert(str(prepared.source), prepared.images, 16, workers=1)
+    with pytest.raises(ElitError, match=r"text.zip is a file; choose a new or empty folder"):
+        prepare_convert(str(prepared.source), tmp_path / "text.zip", 32, workers=1)
     with pytest.raises(ElitError, match="holds other files"):
         prepare_convert(str(prepared.source), tmp_path, 32, workers=1)
     assert not (tmp_path / "out").exists()
@@ -301,6 +316,59 @@ def test_damaged_shards_and_other_settings(prepared: Prepared, tmp_path: Path) -
         open_data(str(tmp_path / "latents"))
 
 
+def test_checksums_find_what_was_damaged_on_the_way(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "latents"
+    shutil.copytree(prepared.latents, root)
+    prepare_verify(str(root))
+    assert "3 shards" in capsys.readouterr().out
+    first, last = (root / f"shard-0000{i}.safetensors" for i in (0, 2))
+    content = bytearray(first.read_bytes())
+    content[-3] ^= 1  # one bit: nobody would notice
+    first.write_bytes(content)
+    last.unlink()
+    with pytest.raises(ElitError, match=r"2 of 3 shards of .* missing: shard-00000.safetensors, shard-00002.safet"):
+        prepare_verify(str(root))
+    with pytest.raises(ElitError, match=r"index.json is missing or damaged"):
+        prepare_verify(str(prepared.images))
+
+
+def test_shards_that_are_not_those_of_the_index(prepared: Prepared, tmp_path: Path) -> None:
+    root = tmp_path / "latents"
+    shutil.copytree(prepared.latents, root)
+    last = root / "shard-00002.safetensors"
+    save_file({name: tensor[:-1].contiguous() for name, tensor in load_file(last).items()}, last)
+    with pytest.raises(ElitError, match=r"shard-00002.safetensors holds 16 images and the index has 17"):
+        open_data(str(root))
+    index = json.loads((root / "index.json").read_text())
+    del index["shards"][1]["sha256"]
+    (root / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ElitError, match="a shard needs file, count and sha256"):
+        open_data(str(root))
+
+
+def test_flips_are_of_the_step_and_the_image(prepared: Prepared) -> None:
+    plain, flipped = ImageFolder(prepared.images), open_data(str(prepared.images), flips=True)
+    assert (flipped.shape, flipped.num_classes, len(flipped)) == (plain.shape, plain.num_classes, len(plain))
+    indices = torch.arange(57)
+    expected, labels = plain.batch(indices)
+    assert torch.equal(flipped.batch(indices)[0], expected)  # nothing by chance without a generator
+    mirrored = 0
+    for step in range(8):
+        x, y = flipped.batch(indices, generator(0, "data", step))
+        halves = [flipped.batch(part, generator(0, "data", step))[0] for part in indices.split(20)]
+        assert torch.equal(x, torch.cat(halves))  # however processes share it
+        assert torch.equal(y, labels)
+        for image, original in zip(x, expected, strict=True):
+            was = not torch.equal(image, original)
+            assert torch.equal(image, original.flip(-1) if was else original)
+            mirrored += was
+    assert abs(mirrored - 8 * 57 / 2) < 5 * (8 * 57) ** 0.5 / 2  # five standard deviations
+    with pytest.raises(ElitError, match="holds latents, which cannot be mirrored; encode them with"):
+        open_data(str(prepared.latents), flips=True)
+
+
 def test_images_that_cannot_be_encoded(prepared: Prepared, tmp_path: Path) -> None:
     for i, size in enumerate([(8, 8), (8, 9)]):
         Image.new("RGB", size).save(tmp_path / f"{i}.png")
@@ -314,6 +382,8 @@ def test_images_that_cannot_be_encoded(prepared: Prepared, tmp_path: Path) -> No
         open_data(str(tmp_path))
     with pytest.raises(ElitError, match="dtype is 'int8'; it is one of float32"):
         prepare_encode(str(prepared.images), tmp_path / "out", str(prepared.autoencoder), dtype="int8")
+    with pytest.raises(ElitError, match=r"cannot write .*0\.png: File exists"):
+        prepare_encode(str(prepared.images), tmp_path / "0.png", str(prepared.autoencoder), workers=0)
 
 
 # ------------------------------------------------------------------------------------------------ open_data
@@ -329,9 +399,14 @@ def test_urls_are_copied_once(prepared: Prepared, tmp_path: Path, monkeypatch: p
     assert torch.equal(first.batch(INDICES)[0], open_data(str(prepared.latents)).batch(INDICES)[0])
     pixels = open_data("memory://bucket/images.zip")
     assert torch.equal(pixels.batch(INDICES)[0], ImageFolder(prepared.images).batch(INDICES)[0])
-    times = [file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*")]
-    open_data("memory://bucket/latents")
-    assert times == [file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*")]
+    copies = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    times = [file.stat().st_mtime_ns for file in copies]
+    open_data("memory://bucket/latents/")
+    assert times == [file.stat().st_mtime_ns for file in copies]
+    index = next(file for file in copies if file.name == "index.json")
+    index.write_text("{")
+    assert len(open_data("memory://bucket/latents")) == 57
+    assert [file for file, before in zip(copies, times, strict=True) if file.stat().st_mtime_ns != before] == [index]
     with pytest.raises(ElitError, match="cannot fetch memory://bucket/nothing"):
         open_data("memory://bucket/nothing")
     with pytest.raises(ElitError, match="cannot fetch foo://bar"):

@@ -8,22 +8,9 @@ import torch
 
 from elit import ElitError
 from elit.data.text import TextEncoder
+from small_text_encoder import save_text_encoder, save_tokenizer
 
 transformers = pytest.importorskip("transformers")
-WORDS = ["<pad>", "<unk>", "</s>", "a", "handwritten", "three", "four"]
-
-
-def save_tokenizer(folder: Path) -> None:
-    """Words apart by spaces, </s> at the end."""
-    tokenizers = pytest.importorskip("tokenizers")
-    words = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
-    )
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    words.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
-    ).save_pretrained(folder)
 
 
 @pytest.fixture(params=["t5", "clip", "bert"])
@@ -31,9 +18,9 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     torch.manual_seed(0)
     size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     if request.param == "t5":
-        config = transformers.T5Config(vocab_size=7, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-        model = transformers.T5Model(config)
-    elif request.param == "clip":
+        save_text_encoder(tmp_path)
+        return tmp_path
+    if request.param == "clip":
         text = size | {"vocab_size": 7, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
         vision = size | {"image_size": 8, "patch_size": 4}
         model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))

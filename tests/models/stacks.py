@@ -8,10 +8,11 @@ import numpy as np
 import reference
 from conftest import TINY, randomize
 from elit.interface import InterfaceConfig
-from elit.models import HDiT, HDiTConfig, MMDiT, MMDiTConfig, Model, UViT, UViTConfig
+from elit.models import DiT, DiTConfig, HDiT, HDiTConfig, MMDiT, MMDiTConfig, Model, UViT, UViTConfig
 from elit.models.dit import Transformer
 
 ELASTIC: dict[str, tuple[type[Model], type, dict[str, Any]]] = {
+    "ELIT-DiT": (DiT, DiTConfig, {}),
     "ELIT-UViT": (UViT, UViTConfig, {"depth": 8}),  # a skip in space, another in the core
     "ELIT-UViT, deep head": (UViT, UViTConfig, {"depth": 8, "head_depth": 2, "tail_depth": 3}),  # all skips in space
     "ELIT-HDiT": (HDiT, HDiTConfig, {"depth": 6, "inner_depth": 2}),

@@ -14,7 +14,7 @@ from elit.training.trainer import check
 
 FOLDER = Path(__file__).parents[2] / "configs/train"
 FILES = sorted(FOLDER.glob("*.yaml"))
-PUBLISHED = [path for path in FILES if "digits" not in path.stem and "kinetics" not in path.stem]
+PUBLISHED = [path for path in FILES if not any(kind in path.stem for kind in ("digits", "kinetics", "mmdit"))]
 
 
 def load(path: Path) -> TrainConfig:

@@ -8,7 +8,7 @@ import pytest
 
 from elit import ElitError
 from elit.training import Trainer, state
-from runs import STEPS, arguments, config, contents, kill, wait_for_line
+from runs import STEPS, arguments, config, contents, kill, moments, wait_for_line
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +18,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]
     return contents(run)
 
 
-@pytest.mark.parametrize("kills", [(13,), (10, 31, 49)])
-def test_killed_run_ends_bit_identical(
-    tmp_path: Path, uninterrupted: dict[str, object], kills: tuple[int, ...]
-) -> None:
+@pytest.mark.parametrize("kills", [[10, 30, 31], moments("one process")], ids=["while it saves", "at random"])
+def test_killed_run_ends_bit_identical(tmp_path: Path, uninterrupted: dict[str, object], kills: list[int]) -> None:
     run = tmp_path / "run"
     for line in kills:
         process = subprocess.Popen(arguments(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import elit
+from conftest import randomize
 from elit import ElitError
 from elit.interface import BudgetByNoise
 from elit.models import DFM
 from elit.training import ElasticConfig, ModelChoice, OptimizerConfig, StepReport, Trainer, ValidationConfig
-from elit.training.batch import micro_batches, share
+from elit.training.batch import as_many_for_all, draw, micro_batches, share
 from elit.training.trainer import prepare_blocks
-from runs import FIELDS, config
+from runs import FIELDS, config, log
 
 PUBLISHED = {"variant": "published", "tail_visible": True, "write_depth": 2, "positions": "sincos"}
 
@@ -37,8 +38,22 @@ def test_shares_cover_the_batch() -> None:
 
 
 def test_micro_batches_have_one_level_each() -> None:
-    parts = [(level, index.tolist()) for level, index in micro_batches([4, 16, 4, 4, 16], 2)]
+    parts = [(part.level, part.places.tolist()) for part in micro_batches([4, 16, 4, 4, 16], 2)]
     assert parts == [(4, [0, 2]), (4, [3]), (16, [1, 4])]
+
+
+def test_processes_with_less_to_do_join_with_samples_that_weigh_nothing() -> None:
+    levels = [4, 4, 4, 16, 8, 4, 16]  # of two processes: two levels in 3 samples, three levels in 4
+    shares = [levels[share(7, process, 2)] for process in range(2)]
+    parts = [as_many_for_all(micro_batches(of_process, 2), levels, 2, 2) for of_process in shares]
+    assert len(parts[0]) == len(parts[1]) == 3
+    for of_process, its_parts in zip(shares, parts, strict=True):
+        weights = [0.0] * len(of_process)
+        for part in its_parts:
+            for place in part.places:
+                assert of_process[place] == part.level
+                weights[place] += part.weight
+        assert weights == [1.0] * len(of_process)
 
 
 @pytest.mark.parametrize(
@@ -108,8 +123,12 @@ def test_multi_scale_model(tmp_path: Path) -> None:
         "elit": ElasticConfig(group_size=2, min_mask_prob=0.0, max_mask_prob=0.75),
         "optimizer": OptimizerConfig("muon", lr=2e-3, warmup_steps=0),
     }
-    trainer = Trainer(config(run, steps=60, **settings))
+    validation = ValidationConfig(every=20, budgets=[0.25, 1.0], samples=128)
+    trainer = Trainer(config(run, steps=60, validation=validation, **settings))
     losses = [report.loss for report in trainer]
+    held_out = [line["held_out_loss/0.25"] for line in log(run) if "held_out_loss/0.25" in line]
+    assert len(held_out) == 3
+    assert held_out[-1] < 0.9 * held_out[0]
     assert isinstance(trainer.model, DFM)
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     assert elit.sample(elit.load(run), [1], steps=2).shape == (1, 1, 8, 8)
@@ -121,12 +140,47 @@ def test_held_out_loss_is_logged_for_each_budget(tmp_path: Path) -> None:
     wanted = ValidationConfig(every=3, budgets=[0.25, 1.0], samples=32)
     trainer = Trainer(config(tmp_path / "run", steps=3, validation=wanted))
     trainer.run_to_end()
-    losses = trainer.validation.losses(trainer.ema.module)
+    losses = trainer.validation.losses(trainer.averaged(), trainer.accelerator)
     assert list(losses) == ["held_out_loss/0.25", "held_out_loss/1"]
     assert losses["held_out_loss/0.25"] != losses["held_out_loss/1"]
     assert trainer.last_speed is not None
     assert trainer.last_speed.images_per_second > 0
     assert trainer.last_speed.mfu is None  # the peak of a processor is not known
+
+
+class Together:
+    """Processes one after the other: the last one knows the sum."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, processes: int) -> None:
+        self.num_processes = processes
+        self.process_index = 0
+        self.total: Any = 0.0
+
+    def reduce(self, value: torch.Tensor, kind: str) -> torch.Tensor:
+        assert kind == "sum"
+        self.total = self.total + value
+        return self.total
+
+
+def test_held_out_loss_is_the_same_for_any_number_of_processes(tmp_path: Path) -> None:
+    wanted = ValidationConfig(every=3, budgets=[0.25, 1.0], samples=200)
+    trainer = Trainer(config(tmp_path / "run", validation=wanted))
+    randomize(trainer.model)
+    seen = []
+    for processes in (1, 3, 5):  # of 4 pieces
+        together = Together(processes)
+        for together.process_index in range(processes):
+            losses = trainer.validation.losses(trainer.model, together)
+        seen.append(losses)
+    assert seen[0] == seen[1] == seen[2]
+    assert trainer.validation.data is not None
+    x, y = trainer.validation.data.batch(torch.arange(200))
+    with torch.no_grad():  # at a level of noise of its own, but of the same size
+        draws = draw(trainer.config, trainer.model, trainer.path, torch.Generator().manual_seed(0), 200)
+        direct = trainer.objective(x, y, draws, 0.25).mean()
+    assert seen[0]["held_out_loss/0.25"] == pytest.approx(float(direct), rel=0.2)  # two draws of noise and times
 
 
 def test_scaler_needs_a_gpu(tmp_path: Path) -> None:

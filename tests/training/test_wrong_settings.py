@@ -26,6 +26,11 @@ ELASTIC = ["--model.name", "ELIT-DiT-S/1", "--data", "digits8"]
         (["--validation.budgets", "[0.5, 2]"], "validation.budgets is 2.0; it must be a number in (0, 1]"),
         (["--validation.every", "-1"], "validation.every is -1"),
         (["--trackers", "[paper]"], "trackers"),
+        (["--parallel", "fsdp", "--optimizer.name", "muon"], "parallel is fsdp, and optimizer.name muon needs whole"),
+        (["--parallel", "fsdp", "--precision", "fp16"], "precision is fp16, whose loss scale parallel fsdp"),
+        (["--repa.encoder", "runs/no/encoder", "--repa.depth", "2"], "with --repa.encoder"),
+        (["--repa.encoder", "runs/no/encoder"], "repa.depth is 8; the model has spatial tokens after its blocks 1 to"),
+        (["--repa.decoder", "runs/no/encoder"], "repa.decoder"),
         (["--model.name", "DiT-S/1", "--elit.min-mask-prob", "0.5"], "elit.min_mask_prob is set, but the model has no"),
     ],
 )
@@ -50,6 +55,8 @@ def test_help_reads_well(capsys: pytest.CaptureFixture[str]) -> None:
         ("--elit.max-mask-prob", "uniformly, for all samples and processes"),
         ("--micro-batch-size", "most samples in one forward of a process"),
         ("--validation.every", "steps between validations; 0 is none"),
+        ("--parallel", "each holds its share of weights, average, gradients and optimizer state"),
+        ("--repa.encoder", "DINOv2 model of transformers: a folder or a Hub id"),
         ("--resume", "a run or checkpoint to start from"),
     ):
         assert option in text

@@ -9,6 +9,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,16 +19,18 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from elit.app.processes import Process, alone_in
+from elit.app.processes import Process
 from elit.atomic import atomic_file
 from elit.data.pixels import to_uint8
 from elit.errors import ElitError
+from elit.launch import alone_in
 from elit.seeding import derive_seed
 
 Labels = Literal["balanced", "random"] | list[int]
 Format = Literal["png", "npz", "both"]
 SETTINGS, ARCHIVE = "settings.json", "samples.npz"
 COUNT = "num_images"  # the one setting that may change: a folder can be extended
+LISTS = ("labels", "prompts")  # these may grow with it
 
 
 def label_of(index: int, labels: Labels, num_classes: int, seed: int) -> int:
@@ -45,15 +48,17 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     Raises:
         ElitError: names the first setting that differs, or the folder holds something else.
     """
-    path = folder / SETTINGS
+    path, larger = folder / SETTINGS, settings
     with alone_in(folder):
-        if not path.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
+        empty = all(p.name.startswith(".") or p == path for p in folder.iterdir())
+        if not path.exists() and not empty:
             raise ElitError(f"{folder} is not empty and has no {SETTINGS}; sample into a new folder")
-        if path.exists():
+        if path.exists() and not empty:  # settings without an image may have been refused: others may take the place
             try:
                 old = json.loads(path.read_text())
-                differing = [k for k in settings | old if settings.get(k) != old.get(k) and k != COUNT]
-                settings = settings | {COUNT: max(old[COUNT], settings[COUNT])}
+                both = min(old[COUNT], settings[COUNT])
+                differing = [k for k in settings | old if k != COUNT and not _agree(old, settings, k, both)]
+                larger = max(old, settings, key=itemgetter(COUNT))
             except (ValueError, TypeError, AttributeError, KeyError) as error:
                 raise ElitError(f"{path} is damaged; sample into a new folder") from error
             if differing:
@@ -63,7 +68,15 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
                     "settings to continue, or another folder"
                 )
         with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
+            temporary.write_text(json.dumps(larger, indent=2) + "\n")
+
+
+def _agree(old: dict[str, Any], new: dict[str, Any], key: str, count: int) -> bool:
+    """Whether a setting is the same; of lists, whether the images that both have get the same of it."""
+    a, b = old.get(key), new.get(key)
+    if key in LISTS and isinstance(a, list) and isinstance(b, list):
+        return all(a[i % len(a)] == b[i % len(b)] for i in range(count))
+    return a == b
 
 
 def draw_folder(
@@ -94,7 +107,8 @@ def draw_folder(
     own = [piece for piece in range(-(-count // size)) if process.owns(piece)]
     there = present(folder)
     todo = [p for p in own if any(i not in there for i in range(p * size, min((p + 1) * size, count)))]
-    described = {k: v for k, v in settings.items() if k not in (COUNT, "labels")}
+    described = {k: v for k, v in settings.items() if k not in (COUNT, *LISTS)}
+    prompts = settings.get("prompts")
     title = "sampling" if process.total == 1 else f"sampling, process {process.rank + 1} of {process.total}"
     with tqdm(total=len(own) * size, desc=title, unit="image", dynamic_ncols=True, disable=process.rank != 0) as bar:
         bar.initial = bar.n = (len(own) - len(todo)) * size  # the time left counts from here
@@ -104,6 +118,7 @@ def draw_folder(
             for at, index in enumerate(indices):
                 if index < count and index not in there:
                     about = {**described, "index": index, "label": classes[at] if classes else None}
+                    about |= {"prompt": prompts[index % len(prompts)]} if prompts else {}
                     _write_png(folder / _name(index), pixels[at], about)
             bar.update(size)
     return present(folder).issuperset(range(count)) and _finish(folder, count, labels_of, kind)

@@ -9,9 +9,9 @@ from torch import Tensor
 from elit.data.pixels import to_uint8
 
 
-def to_frames(clips: Tensor) -> list[Image.Image]:
+def to_frames(clips: Tensor, columns: int | None = None) -> list[Image.Image]:
     """Clips (B, C, T, H, W) as the frames of one video, each a :func:`to_grid` of all clips."""
-    return [to_grid(frame) for frame in clips.unbind(2)]
+    return [to_grid(frame, columns) for frame in clips.unbind(2)]
 
 
 def to_grid(images: Tensor, columns: int | None = None, gap: int = 2, smallest: int = 64) -> Image.Image:

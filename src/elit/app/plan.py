@@ -28,9 +28,9 @@ from elit.analysis.plan import (
 from elit.app.processes import this_process
 from elit.atomic import atomic_file
 from elit.data import open_data
+from elit.data.remote import cache_folder
 from elit.errors import ElitError
 from elit.evaluation import Judge, train_classifier
-from elit.evaluation.extractors import cache_folder
 from elit.flow import Guidance, sample
 from elit.models import Model
 from elit.models.files import load

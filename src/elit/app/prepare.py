@@ -1,18 +1,19 @@
 """`elit prepare`: images to what training reads."""
 
-import os
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from tqdm import tqdm
 
 from elit.data.autoencoder import commit_of, load_autoencoder
 from elit.data.convert import REPORT, available_cpus, convert_images
-from elit.data.encode import Encoding
+from elit.data.encode import Encoding, verify_shards
 from elit.data.folder import ImageFolder
+from elit.data.latents import INDEX, read_index
 from elit.data.remote import local_copy
 from elit.data.sources import find_images
+from elit.errors import ElitError
+from elit.launch import own_device, processes_here
 
 
 def prepare_convert(
@@ -28,7 +29,8 @@ def prepare_convert(
     A run that was killed continues when it is started again.
 
     Args:
-        source: a folder or zip of images: in class folders, with dataset.json, or loose and without labels; or its URL.
+        source: a folder or zip of images: in class folders, with dataset.json, with captions in metadata.jsonl, or
+            loose and without labels; or its URL.
         out: the folder to write.
         resolution: height and width of the result.
         transform: center-crop, center-crop-wide (black bars above and below) or center-crop-dhariwal.
@@ -41,7 +43,8 @@ def prepare_convert(
     images = find_images(local_copy(source))
     converted = convert_images(images, Path(out), resolution, transform, workers or available_cpus(), strict)
     skipped = [bad for bad in tqdm(converted, total=len(images), desc="converting", unit="image") if bad is not None]
-    classes = f"{images.num_classes} classes" if images.num_classes else "no labels"
+    unlabelled = "no labels" if images.captions is None else "with captions"
+    classes = f"{images.num_classes} classes" if images.num_classes else unlabelled
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{len(images) - len(skipped):,} images of {resolution}x{resolution}, {classes}, in {out}")
     for name, reason in skipped[:10]:
@@ -84,9 +87,9 @@ def prepare_encode(
     images = ImageFolder(local_copy(source))
     encoder = load_autoencoder(autoencoder, revision=revision)
     if workers is None:
-        workers = max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        workers = max(1, available_cpus() // processes_here())
     encoding = Encoding(
-        images, Path(out), encoder.to(_device(device)), autoencoder, commit_of(autoencoder, revision),
+        images, Path(out), encoder.to(own_device(device)), autoencoder, commit_of(autoencoder, revision),
         flips, dtype, shard_size, batch_size, workers,
     )  # fmt: skip
     waited = encoded = 0.0
@@ -101,8 +104,22 @@ def prepare_encode(
         console.print(f"the autoencoder ran for {encoded:.1f} s and waited {waited:.1f} s for images to be read")
 
 
-def _device(name: str) -> str:
-    """``auto`` is this process's GPU where there is one."""
-    if name != "auto":
-        return name
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+def prepare_verify(folder: str) -> None:
+    """Compare every shard of latents with its checksum, as after a copy to another machine.
+
+    Args:
+        folder: what elit prepare encode wrote; or its URL.
+
+    Raises:
+        ElitError: names the shards that are missing or damaged.
+    """
+    root = local_copy(folder)
+    total = len(read_index(root / INDEX)["shards"])
+    damaged = [file for file in tqdm(verify_shards(root), total=total, desc="verifying", unit="shard") if file]
+    if damaged:
+        names = ", ".join(file.name for file in damaged)
+        raise ElitError(
+            f"{len(damaged)} of {total} shards of {root} are damaged or missing: {names}; delete them and "
+            "run elit prepare encode again; it makes those anew"
+        )
+    Console(soft_wrap=True, highlight=False).print(f"{total} shards of {root} are as their index says")

@@ -5,16 +5,12 @@ pieces that are its own and not there yet; none waits for another, so one that d
 finishes what is missing.
 """
 
-import fcntl
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from elit.errors import ElitError
+from elit.launch import own_device, place
 
 
 class Process(NamedTuple):
@@ -41,33 +37,4 @@ def this_process(device: str = "auto", threads: int = 1) -> Process:
     if threads < 1:
         raise ElitError(f"threads is {threads}; it must be at least 1")
     torch.set_num_threads(threads)
-    rank, total = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ElitError(f"there is no device {device!r} here ({str(error).splitlines()[0]})") from error
-    return Process(rank, total, chosen)
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of it when the process dies.
-
-    Raises:
-        ElitError: the folder cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise ElitError(f"cannot write {folder}: {error.strerror or error}") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+    return Process(*place(), own_device(device))

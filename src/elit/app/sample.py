@@ -25,12 +25,18 @@ from elit.data.clips import write_video
 from elit.data.text import open_encoder
 from elit.digest import weights_digest
 from elit.errors import ElitError
-from elit.flow import Guidance, sample
+from elit.flow import Guidance, StageSchedule, sample
+from elit.flow.pyramid import THRESHOLD
 from elit.interface import Budget, BudgetByNoise
+from elit.launch import own_device
 from elit.models.files import load
 
 VIDEO = (".gif", ".mp4")
 PIXELS = (1, 3)  # channels of models that need no autoencoder
+PLANNED = (
+    *("steps", "stage_thresholds", "solver", "budget", "path"),
+    *("guidance", "guidance_scale", "guidance_budget", "guidance_interval"),
+)
 OTHER_FILES = (".jpg", ".jpeg", ".webp", ".npz", ".zip")  # a name of these is not meant as a folder
 
 
@@ -51,6 +57,19 @@ def parse_budget(text: float | str | None) -> Budget | None:
     return BudgetByNoise(thresholds, budgets) if thresholds else budgets
 
 
+def parse_steps(steps: int | list[int], thresholds: list[float] | None) -> int | StageSchedule:
+    """A number of steps, or a schedule where one says more of its stages.
+
+    Raises:
+        ElitError: see :class:`StageSchedule`.
+    """
+    if isinstance(steps, int) and thresholds is None:
+        return steps
+    if isinstance(steps, int):
+        steps = list(StageSchedule.even(steps, len(thresholds or []) + 1).steps)
+    return StageSchedule(steps, [THRESHOLD] * (len(steps) - 1) if thresholds is None else thresholds)
+
+
 def sample_images(
     model: str,
     out: Path = Path("samples.png"),
@@ -59,7 +78,8 @@ def sample_images(
     prompts: list[str] | None = None,
     text_encoder: str = "words",
     seed: int = 0,
-    steps: int = 40,
+    steps: int | list[int] = 40,
+    stage_thresholds: list[float] | None = None,
     solver: Literal["euler", "heun", "sde"] = "euler",
     budget: float | str | None = None,
     guidance: Literal["none", "cfg", "ccfg", "ag"] = "none",
@@ -88,7 +108,9 @@ def sample_images(
         text_encoder: what embeds them: a text encoder of transformers (a folder or a Hub id), the one of training; or
             words, the vectors of the embedded captioned-digits.
         seed: image i has the seed SEED + i.
-        steps: sampling steps.
+        steps: sampling steps; for a multi-scale model (DFM) also one number per stage, such as [30,20], coarsest first.
+        stage_thresholds: of a multi-scale model, the time that each stage but the last reaches before the next begins;
+            default 0.1.
         solver: euler, heun or sde.
         budget: fraction of the latents in (0, 1], such as 0.25; one per step, such as 0.25,0.5,1; or by noise level:
             0.25@0.5,1 is a quarter while t > 0.5 and all of them afterwards. Default all.
@@ -123,22 +145,18 @@ def sample_images(
     chosen = None
     if guidance != "none":
         chosen = Guidance(guidance, guidance_scale, guidance_budget, guidance_interval)
-    how: dict[str, Any] = {
-        "steps": steps,
-        "solver": solver,
-        "budget": parse_budget(budget),
-        "guidance": chosen,
-        "path": path,
-    }
-    if plan is not None:
-        followed = _follow(plan, settings)
+    how: dict[str, Any] = {"steps": parse_steps(steps, stage_thresholds), "solver": solver}
+    how |= {"budget": parse_budget(budget), "guidance": chosen, "path": path}
+    followed = None if plan is None else _follow(plan, settings)
+    if followed is not None:
         how, chosen = followed.arguments(), followed.guidance
         settings |= how
+    del settings["plan"]  # what it says counts, not where it lies
 
     process = None if single else this_process(device, threads)
-    device = str(process.device) if process else _grid_device(device)
+    device = str(process.device if process else own_device(device))
     net = load(model, weights=weights, device=device)
-    if plan is not None and followed.stamp["model"] != weights_digest(net):
+    if followed is not None and followed.stamp["model"] != weights_digest(net):
         raise ElitError(f"{plan} was made for other weights than those of {model}; run elit plan for this model")
     is_video = len(net.input_shape()) == 4
     if is_video != (suffix in VIDEO):
@@ -191,7 +209,7 @@ def _follow(path: Path, settings: dict[str, Any]) -> Plan:
         ElitError: another option sets it too, or the file is no plan.
     """
     defaults = {key: value.default for key, value in signature(sample_images).parameters.items()}
-    for key in ("steps", "solver", "budget", "path", *(key for key in settings if key.startswith("guidance"))):
+    for key in PLANNED:
         if settings[key] != defaults[key]:
             raise ElitError(f"{key} is set by the plan {path}; leave --{key.replace('_', '-')} out")
     return Plan.load(path)
@@ -206,10 +224,6 @@ def _write_file(out: Path, settings: dict[str, Any], draw: Callable[[], Tensor],
             write_video(to_frames(images), temporary)
         else:
             to_grid(images).save(temporary, pnginfo=record)
-
-
-def _grid_device(device: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def _device_name(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,11 +10,12 @@ from rich.console import Console
 from tqdm import tqdm
 
 from elit.analysis import count_parameters
-from elit.app.images import to_grid
+from elit.app.images import to_frames
 from elit.atomic import atomic_file
 from elit.data.autoencoder import decode, load_autoencoder
+from elit.data.clips import write_video
 from elit.flow import sample
-from elit.models import Model
+from elit.models import MMDiT, Model
 from elit.training import TrainConfig, Trainer
 
 
@@ -65,24 +67,30 @@ def show_progress(trainer: Trainer) -> None:
                 if trainer.last_speed.mfu is not None:
                     shown["MFU"] = f"{trainer.last_speed.mfu:.0%}"
             bar.set_postfix(shown, refresh=False)
-            if trainer.is_main and trainer.validation.due(report.step) and trainer.config.validation.images:
-                draw_samples(trainer)
+            if trainer.validation.due(report.step) and trainer.config.validation.images:
+                model = trainer.averaged()  # all processes put it together
+                if trainer.is_main:
+                    draw_samples(trainer, model)
 
 
-def draw_samples(trainer: Trainer) -> Path:
-    """Writes ``samples/step-….png`` of the averaged weights: a row for each budget, the same seeds in all of them.
+def draw_samples(trainer: Trainer, model: Model) -> Path:
+    """Writes ``samples/step-….png``, or ``.gif`` for clips, of the averaged weights: a row for each budget, the same
+    seeds in all of them. Captions are those of the held-out data.
 
     Raises:
         ElitError: the picture cannot be written, or the autoencoder is missing.
     """
-    config, model = trainer.config, trainer.ema.module
-    assert isinstance(model, Model)
+    config = trainer.config
     wanted, classes = config.validation, model.config.num_classes
-    labels = [i % classes for i in range(wanted.images)] if classes else None
+    condition: Any = [i % classes for i in range(wanted.images)] if classes else None
+    if isinstance(model, MMDiT):
+        assert trainer.validation.data is not None
+        held_out = trainer.validation.data
+        condition = held_out.batch(torch.arange(wanted.images) % len(held_out))[1]
     rows = [
         sample(
             model,
-            labels,
+            condition,
             seeds=list(range(wanted.images)),
             steps=wanted.sampling_steps,
             budget=budget,
@@ -93,11 +101,17 @@ def draw_samples(trainer: Trainer) -> Path:
     images = torch.cat(rows)
     if wanted.autoencoder is not None:
         images = decode(images, load_autoencoder(wanted.autoencoder, images.shape[1]))
-    picture = to_grid(images[:, :3] if images.shape[1] > 3 else images, columns=wanted.images)
-    out = trainer.run / "samples" / f"step-{trainer.step:08d}.png"
+    images = images[:, :3] if images.shape[1] > 3 else images
+    clips = images if images.dim() == 5 else images[:, :, None]
+    frames = to_frames(clips, columns=wanted.images)
+    out = trainer.run / "samples" / f"step-{trainer.step:08d}{'.gif' if len(frames) > 1 else '.png'}"
     with atomic_file(out) as temporary:
-        picture.save(temporary)
+        if len(frames) > 1:
+            write_video(frames, temporary)
+        else:
+            frames[0].save(temporary)
     for tracker in trainer.accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        tracker.log_images({"samples": np.asarray(picture.convert("RGB"))[None]}, step=trainer.step, **layout)
+        pictures = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
+        tracker.log_images({"samples": pictures}, step=trainer.step, **layout)
     return out

@@ -1,9 +1,13 @@
 """Images with captions instead of labels."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from elit.conditions import Text, map_condition
 from elit.data.dataset import Data
@@ -14,20 +18,20 @@ NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eigh
 CAPTIONS = tuple(f"a handwritten {numeral}" for numeral in NUMERALS)
 
 
+@dataclass(frozen=True)
 class Captioned:
-    """Labelled data whose labels have become captions, embedded once.
+    """Data with captions instead of labels. They are embedded when a batch wants them, each of a batch once.
 
-    Args:
-        data: with labels.
-        captions: one per label.
+    Attributes:
+        data: the samples.
+        captions: one per sample.
         encode: prompts to text: :class:`~elit.data.text.TextEncoder` or :class:`WordVectors`.
     """
 
-    num_classes = 0
-
-    def __init__(self, data: Data, captions: Sequence[str], encode: Callable[[Sequence[str]], Text]) -> None:
-        self.data = data
-        self.text = encode(captions)
+    data: Data
+    captions: Sequence[str]
+    encode: Callable[[Sequence[str]], Text]
+    num_classes: ClassVar[int] = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -38,8 +42,11 @@ class Captioned:
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Text]:
         """Samples (B, C, H, W) and their captions at indices (B,)."""
-        x, labels = self.data.batch(indices)
-        return x, map_condition(lambda values: values[labels], self.text)
+        wanted = [self.captions[i] for i in indices.tolist()]
+        place = {caption: i for i, caption in enumerate(dict.fromkeys(wanted))}
+        rows = torch.tensor([place[caption] for caption in wanted])
+        text = map_condition(lambda values: values[rows.to(values.device)], self.encode(list(place)))
+        return self.data.batch(indices, generator)[0], text
 
 
 class WordVectors:
@@ -53,17 +60,21 @@ class WordVectors:
         self.width = width
 
     def __call__(self, prompts: Sequence[str]) -> Text:
-        """One token per word, padded to the longest prompt."""
-        words = [prompt.split() for prompt in prompts]
-        length = max(1, *(len(each) for each in words))
-        tokens = torch.zeros(len(words), length, self.width)
-        for row, each in zip(tokens, words, strict=True):
-            for place, word in enumerate(each):
-                row[place] = torch.randn(self.width, generator=generator("word", word))
+        """One token per word, padded to the longest prompt; the empty one is a token of zeros."""
+        words = [prompt.split() or [""] for prompt in prompts]
+        vectors = [torch.stack([word_vector(word, self.width) for word in each]) for each in words]
         known = torch.tensor([len(each) for each in words])
-        return Text(tokens, torch.arange(length) < known[:, None])
+        tokens = pad_sequence(vectors, batch_first=True)
+        return Text(tokens, torch.arange(tokens.shape[1]) < known[:, None])
+
+
+@lru_cache(maxsize=100_000)
+def word_vector(word: str, width: int) -> Tensor:
+    """The random vector of a word (width,)."""
+    return torch.randn(width, generator=generator("word", word)) if word else torch.zeros(width)
 
 
 def captioned_digits(held_out: bool = False) -> Captioned:
-    """The digits, each with a caption such as "a handwritten three" of :class:`WordVectors`."""
-    return Captioned(digits(held_out), CAPTIONS, WordVectors())
+    """The digits, each with a caption such as "a handwritten three"."""
+    data = digits(held_out)
+    return Captioned(data, [CAPTIONS[label] for label in data.labels.tolist()], WordVectors())

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
+from elit.data.sources import CAPTIONS, captions_of
 from elit.errors import ElitError
 
 VIDEOS = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm")
@@ -23,7 +24,7 @@ class ClipFolder:
     """Videos of a folder, one clip of each: the middle frames, cropped to their middle and scaled.
 
     With videos in subfolders, those are the classes, in the order of their names; with videos in the folder itself
-    there are none. Clips are read when a batch wants them.
+    there are none. A ``metadata.jsonl`` as of images gives captions instead. Clips are read when a batch wants them.
 
     Args:
         folder: where the videos are.
@@ -34,10 +35,11 @@ class ClipFolder:
     Attributes:
         videos: paths of the videos, in the order of the indices.
         classes: names of the classes.
+        captions: one per video, where there are any.
 
     Raises:
-        ElitError: no videos there, or a number below 1. A batch raises it for a video that cannot be read, or is too
-            short.
+        ElitError: no videos there, captions that do not fit them, or a number below 1. A batch raises it for a video
+            that cannot be read, or is too short.
     """
 
     def __init__(self, folder: str | Path, frames: int, size: int | tuple[int, int], stride: int = 1) -> None:
@@ -58,6 +60,11 @@ class ClipFolder:
             self.labels = torch.tensor([label for label, videos in enumerate(by_class) for _ in videos])
         if not self.videos:
             raise ElitError(f"{folder} holds no videos: give files ({', '.join(VIDEOS)}) or folders of frames")
+        self.captions: list[str] | None = None
+        if (folder / CAPTIONS).exists():
+            names = [video.relative_to(folder).as_posix() for video in self.videos]
+            self.captions = captions_of(names, (folder / CAPTIONS).read_bytes(), folder / CAPTIONS)
+            self.classes, self.labels = [], torch.zeros(len(self.videos), dtype=torch.long)
 
     @property
     def num_classes(self) -> int:

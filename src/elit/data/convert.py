@@ -1,4 +1,4 @@
-"""Images of any size and mode to a folder of square PNGs with ``dataset.json``, the EDM layout."""
+"""Images of any size and mode to a folder of square PNGs with ``dataset.json``, the EDM layout, or with captions."""
 
 import json
 import os
@@ -10,10 +10,10 @@ from pathlib import Path
 
 from elit.atomic import atomic_file
 from elit.data.images import TRANSFORMS, CorruptImageError, read_rgb
-from elit.data.sources import LABELS, Source, fingerprint, read_bytes
+from elit.data.sources import CAPTIONS, LABELS, SETTINGS, Source, fingerprint, read_bytes
 from elit.errors import ElitError
 
-SETTINGS, REPORT = "prepare.json", "report.json"
+REPORT = "report.json"
 FOLDER_SIZE = 1000  # images per folder
 
 
@@ -55,6 +55,10 @@ def convert_images(
     labels = None if source.labels is None else [[image_name(i), source.labels[i]] for i in kept]
     report = [{"name": source.names[i], "reason": reason} for i, reason in skipped.items()]
     write_json(out / REPORT, {"images": len(kept), "skipped": report})
+    if source.captions is not None:
+        rows = [{"file_name": image_name(i), "text": source.captions[i]} for i in kept]
+        with atomic_file(out / CAPTIONS) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_json(out / LABELS, {"labels": labels} | ({"classes": source.classes} if source.classes else {}))
 
 
@@ -103,6 +107,8 @@ def _in_processes(convert: "partial[str | None]", jobs: list[tuple[int, str]], w
 
 def _write_or_compare(file: Path, settings: dict[str, object]) -> None:
     if not file.exists():
+        if file.parent.is_file():
+            raise ElitError(f"{file.parent} is a file; choose a new or empty folder")
         if file.parent.exists() and any(not path.name.startswith(".") for path in file.parent.iterdir()):
             raise ElitError(f"{file.parent} holds other files; choose a new or empty folder")
         write_json(file, settings)

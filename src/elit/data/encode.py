@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,14 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from elit.atomic import atomic_file
+from elit.atomic import atomic_file, make_folder
 from elit.data.autoencoder import posterior, scaling, weights_hash
 from elit.data.convert import write_json
 from elit.data.folder import ImageFolder
 from elit.data.images import to_signed
-from elit.data.latents import INDEX
+from elit.data.latents import INDEX, read_index
 from elit.data.sources import fingerprint
 from elit.errors import ElitError
+from elit.launch import place
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -80,7 +80,8 @@ class Encoding:
     ) -> None:
         if shard_size < 1 or batch_size < 1 or workers < 0:
             raise ElitError(
-                f"shard_size {shard_size} and batch_size {batch_size} must be at least 1, workers {workers} 0"
+                f"shard_size and batch_size must be at least 1, not {shard_size} and {batch_size}, and workers at "
+                f"least 0, not {workers}"
             )
         if dtype not in DTYPES:
             raise ElitError(f"dtype is {dtype!r}; it is one of {', '.join(DTYPES)}")
@@ -106,10 +107,11 @@ class Encoding:
             range(start, min(start + shard_size, len(images))) for start in range(0, len(images), shard_size)
         ]
         self._done = {shard for shard in range(len(self.shards)) if self._is_there(shard)}
-        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, processes = place()
         self.todo = [shard for shard in range(rank, len(self.shards), processes) if shard not in self._done]
 
     def __iter__(self) -> Iterator[EncodeReport]:
+        make_folder(self.out)  # one that cannot be made is told before the work
         batches = {shard: self._batches(self.shards[shard]) for shard in self.todo}
         loader = iter(self._loader([batch for shard in self.todo for batch in batches[shard]]))
         for shard in self.todo:
@@ -171,6 +173,8 @@ class Encoding:
         with safe_open(files[0], framework="pt") as first:
             shape = first.get_slice("mean").get_shape()[1:]
         totals = {"shape": shape, "count": copies * len(self.images), "classes": self.images.source.classes}
+        if self.images.captions is not None:
+            totals["captions"] = [caption for caption in self.images.captions for _ in range(copies)]
         write_json(self.out / INDEX, self.settings | totals | {"shards": shards})
 
     def _file(self, shard: int) -> Path:
@@ -203,6 +207,20 @@ class PixelBatches(Dataset[Tensor | ElitError]):
             return torch.stack([self.images.image(index) for index in batch])
         except ElitError as error:
             return error
+
+
+def verify_shards(folder: Path) -> Iterator[Path | None]:
+    """Reads one shard per turn and compares it with its checksum in ``index.json``.
+
+    Yields:
+        None, or the file of a shard that is missing or damaged.
+
+    Raises:
+        ElitError: see :func:`~elit.data.latents.read_index`.
+    """
+    for shard in read_index(folder / INDEX)["shards"]:
+        file = folder / shard["file"]
+        yield None if file.is_file() and _hash(file) == shard["sha256"] else file
 
 
 def _hash(file: Path) -> str:

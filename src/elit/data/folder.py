@@ -19,6 +19,7 @@ class ImageFolder:
 
     Attributes:
         num_classes: 0 without labels.
+        captions: one per image, where there are any.
         shape: (3, R, R).
 
     Raises:
@@ -27,7 +28,7 @@ class ImageFolder:
 
     def __init__(self, root: str | Path) -> None:
         self.source = find_images(root)
-        self.num_classes = self.source.num_classes
+        self.num_classes, self.captions = self.source.num_classes, self.source.captions
         self.labels = torch.tensor(self.source.labels or [0] * len(self.source))
         first = self._read(0)
         self.shape: tuple[int, ...] = tuple(first.shape)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from elit import seeding
 from elit.data.autoencoder import load_autoencoder, posterior, scaling
+from elit.data.clips import ClipFolder
 from elit.data.folder import ImageFolder
-from elit.data.images import to_signed
 from elit.data.sources import LABELS, count_classes, labels_of, parse_labels
 from elit.errors import ElitError
+from elit.launch import own_device
 
 INDEX = "index.json"
 PUBLISHED = "vae-sd"
@@ -30,12 +31,14 @@ class LatentData(ABC):
     Attributes:
         labels: (M,).
         num_classes: 0 without labels.
+        captions: (M,), where there are any.
         shape: (C, h, w).
         scaling: scale and shift.
     """
 
     labels: Tensor
     num_classes: int
+    captions: Sequence[str] | None = None
     shape: tuple[int, ...]
     scaling: tuple[float, float]
 
@@ -55,7 +58,7 @@ class LatentData(ABC):
 
     def _noise(self, indices: Tensor, generator: torch.Generator) -> Tensor:
         """Unit noise (B, C, h, w): one draw of the generator makes the seed, and each index its own noise."""
-        seed = int(torch.randint(2**62, (), generator=generator))
+        seed = seeding.drawn_seed(generator)
         draws = [seeding.generator(seed, "posterior", index) for index in indices.tolist()]
         return torch.stack([torch.randn(self.shape, generator=draw) for draw in draws])
 
@@ -69,14 +72,19 @@ class LatentShards(LatentData):
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        index = _read_index(self.root / INDEX)
+        index = read_index(self.root / INDEX)
         self._shards = _Shards([self.root / shard["file"] for shard in index["shards"]])
         self.shape = tuple(index["shape"])
-        self.num_classes = index["num_classes"]
+        self.num_classes, self.captions = index["num_classes"], index.get("captions")
         self.scaling = (index["scaling_factor"], index["shift_factor"])
         counts = [shard["count"] for shard in index["shards"]]
         self._ends = np.cumsum(counts)
-        self.labels = torch.cat([self._shards.whole(shard, "labels") for shard in range(len(counts))])
+        labels = [self._shards.whole(shard, "labels") for shard in range(len(counts))]
+        for shard, count in enumerate(counts):
+            if len(labels[shard]) != count:
+                file = self._shards.files[shard]
+                raise ElitError(f"{file} holds {len(labels[shard])} images and the index has {count}; encode it again")
+        self.labels = torch.cat(labels)
 
     def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         places = [self._place(index) for index in indices.tolist()]
@@ -114,7 +122,12 @@ class _Shards:
         return self._open[shard, name]
 
 
-def _read_index(file: Path) -> dict[str, Any]:
+def read_index(file: Path) -> dict[str, Any]:
+    """The content of an ``index.json`` of shards.
+
+    Raises:
+        ElitError: it is missing, damaged or something else.
+    """
     try:
         index = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -122,6 +135,8 @@ def _read_index(file: Path) -> dict[str, Any]:
     needed = {"shape", "num_classes", "scaling_factor", "shift_factor", "shards"}
     if not isinstance(index, dict) or not needed <= index.keys():
         raise ElitError(f"{file} is no index of latents: it lacks {', '.join(sorted(needed - set(index)))}")
+    if not all(isinstance(shard, dict) and {"file", "count", "sha256"} <= shard.keys() for shard in index["shards"]):
+        raise ElitError(f"{file} is damaged: a shard needs file, count and sha256; run elit prepare encode again")
     return index
 
 
@@ -138,7 +153,8 @@ class PublishedLatents(LatentData):
     scaling = PUBLISHED_SCALING
 
     def __init__(self, root: str | Path) -> None:
-        folder = Path(root) / PUBLISHED
+        self.root = Path(root)
+        folder = self.root / PUBLISHED
         self.files = sorted(folder.rglob("*.npy"), key=lambda file: file.relative_to(folder).as_posix())
         if not self.files:
             raise ElitError(f"{folder} holds no .npy files")
@@ -151,6 +167,17 @@ class PublishedLatents(LatentData):
         stacked = torch.stack([self._load(index) for index in indices.tolist()])
         mean, std = stacked.float().chunk(2, dim=1)
         return mean, std
+
+    def source_images(self) -> ImageFolder:
+        """The images that were encoded, in the same order.
+
+        Raises:
+            ElitError: the folder ``images`` is missing, or holds others.
+        """
+        images = ImageFolder(self.root / "images")
+        if [_number(name) for name in images.source.names] != [_number(file.name) for file in self.files]:
+            raise ElitError(f"{images.source.root} does not hold one image for each array in {self.root / PUBLISHED}")
+        return images
 
     def _load(self, index: int) -> Tensor:
         file = self.files[index]
@@ -186,22 +213,23 @@ def _number(name: str) -> str:
 
 
 class EncodedFolder(LatentData):
-    """Images that an autoencoder encodes whenever they are asked for: nothing is stored, and every step pays for it.
+    """Images or clips that an autoencoder encodes whenever they are asked for: nothing is stored, and every step pays
+    for it.
 
     Args:
-        root: see :class:`ImageFolder`.
+        images: what it encodes.
         autoencoder: a diffusers autoencoder: a folder or a Hub id.
         batch_size: images that are encoded at a time.
 
     Raises:
-        ElitError: see :class:`ImageFolder` and :func:`load_autoencoder`.
+        ElitError: see :func:`load_autoencoder`.
     """
 
-    def __init__(self, root: str | Path, autoencoder: str | Path, batch_size: int = 32) -> None:
-        self.images = ImageFolder(root)
-        self.autoencoder = load_autoencoder(autoencoder)
+    def __init__(self, images: ImageFolder | ClipFolder, autoencoder: str | Path, batch_size: int = 32) -> None:
+        self.images = images
+        self.autoencoder = load_autoencoder(autoencoder).to(own_device())
         self.batch_size = batch_size
-        self.labels, self.num_classes = self.images.labels, self.images.num_classes
+        self.labels, self.num_classes, self.captions = images.labels, images.num_classes, images.captions
         self.scaling = scaling(self.autoencoder)
 
     @cached_property
@@ -209,10 +237,7 @@ class EncodedFolder(LatentData):
         return tuple(self.moments(torch.tensor([0]))[0].shape[1:])
 
     def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        # Not before a batch is asked for: by then every process has chosen its GPU.
-        self.autoencoder.to("cuda" if torch.cuda.is_available() else "cpu")
-        parts = [
-            posterior(to_signed(self.images.pixels(part)), self.autoencoder) for part in indices.split(self.batch_size)
-        ]
+        batches = (self.images.batch(part)[0] for part in indices.split(self.batch_size))
+        parts = [posterior(images, self.autoencoder) for images in batches]
         mean, std = (torch.cat(kind).float() for kind in zip(*parts, strict=True))
         return mean, std

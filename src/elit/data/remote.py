@@ -1,17 +1,24 @@
 """Data behind URLs, through fsspec."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from elit.atomic import atomic_file
 from elit.errors import ElitError
+from elit.launch import alone_in
+
+FETCHERS = 16  # files at a time: of small ones, the answer of the store takes longer than the bytes
 
 
 def cache_folder() -> Path:
-    """Where copies lie: ``ELIT_CACHE``, or ``~/.cache/elit``."""
-    return Path(os.environ.get("ELIT_CACHE") or Path.home() / ".cache" / "elit")
+    """Where copies, weights and features are kept: ``$ELIT_CACHE``, or ``elit`` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("ELIT_CACHE") or Path(base) / "elit")
 
 
 def local_copy(location: str | Path) -> Path:
@@ -27,17 +34,20 @@ def local_copy(location: str | Path) -> Path:
         return Path(location)
     import fsspec
 
-    folder = cache_folder() / sha256(url.encode()).hexdigest()[:16]
+    folder = cache_folder() / sha256(url.rstrip("/").encode()).hexdigest()[:16]
     try:
         system, root = fsspec.core.url_to_fs(url)
         if not system.exists(root):
             raise FileNotFoundError("it does not exist")
         if system.isfile(root):
-            target = folder / Path(root).name
-            _fetch(system, root, target)
-            return target
-        for file in system.find(root):
-            _fetch(system, file, folder / os.path.relpath(file, root))
+            _fetch(system, folder, {root: Path(root).name}, {root: system.size(root)})
+            return folder / Path(root).name
+        # A name that ends in a slash is no file: some stores keep folders as empty objects.
+        sizes = {file: info["size"] for file, info in system.find(root, detail=True).items() if file[-1] != "/"}
+        names = {file: os.path.relpath(file, root) for file in sizes}
+        if any(name.startswith("..") for name in names.values()):
+            raise ElitError(f"{url} has names that lead out of it; nothing of it is copied")
+        _fetch(system, folder, names, sizes)
     except ElitError:
         raise
     except Exception as error:  # every protocol has its own exceptions
@@ -45,8 +55,21 @@ def local_copy(location: str | Path) -> Path:
     return folder
 
 
-def _fetch(system: Any, file: str, target: Path) -> None:
-    if target.exists() and target.stat().st_size == system.size(file):
-        return
-    with atomic_file(target) as temporary:
-        system.get_file(file, str(temporary))
+def _fetch(system: Any, folder: Path, names: dict[str, str], sizes: dict[str, int]) -> None:
+    """Copies what is not there, several files at a time; one process of a launch does, the others wait for it."""
+
+    def is_there(file: str) -> bool:
+        target = folder / names[file]
+        return target.exists() and target.stat().st_size == sizes[file]
+
+    def fetch(file: str) -> None:
+        with atomic_file(folder / names[file]) as temporary:
+            system.get_file(file, str(temporary))
+
+    with alone_in(folder):
+        missing = [file for file in names if not is_there(file)]
+        pool = ThreadPoolExecutor(FETCHERS)
+        try:
+            list(tqdm(pool.map(fetch, missing), total=len(missing), desc="copying", unit="file", disable=not missing))
+        finally:
+            pool.shutdown(cancel_futures=True)

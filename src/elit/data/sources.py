@@ -1,19 +1,23 @@
-"""Where images come from: a folder or a zip file of them, with or without labels."""
+"""Where images come from: a folder or a zip file of them, with labels, captions or neither."""
 
 import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from elit.data.images import CorruptImageError
 from elit.errors import ElitError
 
-LABELS = "dataset.json"
+LABELS, CAPTIONS = "dataset.json", "metadata.jsonl"
+SETTINGS = "prepare.json"  # of a conversion, which writes its labels last
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,14 @@ class Source:
         names: of the images, relative to the root, with forward slashes.
         labels: one per image, or None for unlabelled images.
         classes: names of the classes, where they are known.
+        captions: one per image, or None for images without captions.
     """
 
     root: Path
     names: Sequence[str]
     labels: Sequence[int] | None
     classes: Sequence[str] | None = None
+    captions: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -51,21 +57,28 @@ def count_classes(labels: Sequence[int] | None, classes: Sequence[str] | None) -
 def find_images(root: str | Path) -> Source:
     """The images of a folder or zip file.
 
-    Labels come from its ``dataset.json`` (``{"labels": [[name, label], ...]}``, or null for none); without that file,
-    from the class folders that the images lie in, sorted by name; images that lie in no folder have none.
+    With a ``metadata.jsonl`` they have captions: a line ``{"file_name": name, "text": caption}`` for each, the form of
+    Hugging Face's image folders. Else labels come from its ``dataset.json`` (``{"labels": [[name, label], ...]}``, or
+    null for none); without that file, from the class folders that the images lie in, sorted by name; images that lie in
+    no folder have none.
 
     Raises:
-        ElitError: there are no images, or their labels are missing, wrong or ambiguous.
+        ElitError: there are no images, or their captions or labels are missing, wrong or ambiguous.
     """
     root = Path(root)
     if not root.exists():
         raise ElitError(f"there is no folder or zip file {root}; give one of images")
-    listed = sorted(_list(root))
-    names = [name for name in listed if name.lower().endswith(SUFFIXES)]
+    names = image_names(root)
     if not names:
-        raise ElitError(f"{root} holds no images; it needs files that end in {', '.join(SUFFIXES)}")
+        clips = f"of a folder of videos, {root}@8x64x64 are clips of 8 frames of 64x64 pixels"
+        raise ElitError(f"{root} holds no images; it needs files that end in {', '.join(SUFFIXES)} ({clips})")
+    listed = _list(root)
+    if SETTINGS in listed and LABELS not in listed:
+        raise ElitError(f"{root} was not converted to its end; run elit prepare convert again, it continues")
+    if CAPTIONS in listed:
+        return Source(root, names, None, captions=captions_of(names, _listed_bytes(root, CAPTIONS), root / CAPTIONS))
     if LABELS in listed:
-        content = parse_labels(read_bytes(root, LABELS), root / LABELS)
+        content = parse_labels(_listed_bytes(root, LABELS), root / LABELS)
         labels = None if content["labels"] is None else labels_of(names, content["labels"], root / LABELS)
         return Source(root, names, labels, content.get("classes"))
     folders = [name.partition("/")[0] if "/" in name else "" for name in names]
@@ -77,6 +90,13 @@ def find_images(root: str | Path) -> Source:
         raise ElitError(f"{root / loose} lies in no class folder and others do; move it, or add a {LABELS}")
     number = {name: label for label, name in enumerate(classes)}
     return Source(root, names, [number[folder] for folder in folders], classes)
+
+
+def _listed_bytes(root: Path, name: str) -> bytes:
+    try:
+        return read_bytes(root, name)
+    except CorruptImageError as error:
+        raise ElitError(f"{root / name} cannot be read ({error}); copy it again") from error
 
 
 def parse_labels(text: bytes, file: Path) -> dict[str, Any]:
@@ -107,20 +127,62 @@ def labels_of(names: Sequence[str], labels: dict[str, int], file: Path) -> list[
     Raises:
         ElitError: a name has no label, or a label no file.
     """
+    return _of_each(names, labels, "label", file)
+
+
+def captions_of(names: Sequence[str], text: bytes, file: Path) -> list[str]:
+    """The captions of the names, in their order, from a ``metadata.jsonl``; other entries of a line are ignored.
+
+    Raises:
+        ElitError: a line is of another form, a name has no caption, or a caption no file.
+    """
+    captions: dict[str, str] = {}
+    for number, line in enumerate(text.split(b"\n"), 1):
+        try:
+            if line.strip():
+                row = json.loads(line)
+                captions[row["file_name"]] = _as_text(row["text"])
+        except (ValueError, TypeError, KeyError) as error:
+            remedy = '{"file_name": "name.png", "text": "a caption"}'
+            raise ElitError(f"line {number} of {file} must be like {remedy} ({error})") from error
+    return _of_each(names, captions, "caption", file)
+
+
+def _as_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"the text is {value!r}")
+    return value
+
+
+def _of_each(names: Sequence[str], values: Mapping[str, T], kind: str, file: Path) -> list[T]:
     for name in names:
-        if name not in labels:
-            raise ElitError(f"{file} has no label for {name}; add it, or remove the image")
-    if len(labels) > len(names):
-        lost = min(labels.keys() - set(names))
-        raise ElitError(f"{file} has a label for {lost}, and there is no such file")
-    return [labels[name] for name in names]
+        if name not in values:
+            raise ElitError(f"{file} has no {kind} for {name}; add it, or remove the image")
+    if len(values) > len(names):
+        lost = min(values.keys() - set(names))
+        raise ElitError(f"{file} has a {kind} for {lost}, and there is no such file")
+    return [values[name] for name in names]
+
+
+def image_names(root: Path) -> list[str]:
+    """The images of a folder or zip file, sorted; hidden files are none.
+
+    Raises:
+        ElitError: it is neither.
+    """
+    return sorted(name for name in _list(root) if name.lower().endswith(SUFFIXES))
 
 
 def read_bytes(root: Path, name: str) -> bytes:
-    """A file of a source."""
-    if root.is_dir():
-        return (root / name).read_bytes()
-    return _open_zip(root, os.getpid()).read(name)
+    """A file of a source.
+
+    Raises:
+        CorruptImageError: it cannot be read.
+    """
+    try:
+        return (root / name).read_bytes() if root.is_dir() else _open_zip(root, os.getpid()).read(name)
+    except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # of zips: encrypted, or other bytes
+        raise CorruptImageError(f"{type(error).__name__}: {error}") from error
 
 
 def _list(root: Path) -> list[str]:
@@ -142,5 +204,6 @@ def _open_zip(root: Path, process: int) -> zipfile.ZipFile:
 
 
 def fingerprint(source: Source) -> str:
-    """A hash of the names and labels, to tell whether work can be continued."""
-    return hashlib.sha256(json.dumps([list(source.names), source.labels]).encode()).hexdigest()
+    """A hash of the names and of labels or captions, to tell whether work can be continued."""
+    of_images = source.labels if source.captions is None else source.captions
+    return hashlib.sha256(json.dumps([list(source.names), of_images]).encode()).hexdigest()

@@ -9,11 +9,14 @@ import torch
 from elit.conditions import Text
 from elit.data.captions import WordVectors
 from elit.errors import ElitError
+from elit.launch import own_device
+
+WORDS = "words"
 
 
-def open_encoder(source: str | Path, device: torch.device | str = "cpu") -> Callable[[Sequence[str]], Text]:
+def open_encoder(source: str | Path, device: torch.device | str | None = None) -> Callable[[Sequence[str]], Text]:
     """``words`` for :class:`~elit.data.captions.WordVectors`; anything else is a :class:`TextEncoder`."""
-    return WordVectors() if source == "words" else TextEncoder(source, device=device)
+    return WordVectors() if source == WORDS else TextEncoder(source, device=device)
 
 
 class TextEncoder:
@@ -22,6 +25,7 @@ class TextEncoder:
     Args:
         source: a local folder or a Hub id.
         max_length: longest prompt in tokens; the rest is cut off. None is the tokenizer's.
+        device: None is the GPU of the process, where there is one.
 
     Attributes:
         width: of its embeddings.
@@ -30,7 +34,9 @@ class TextEncoder:
         ElitError: transformers is not installed, or nothing usable is there.
     """
 
-    def __init__(self, source: str | Path, max_length: int | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, source: str | Path, max_length: int | None = None, device: torch.device | str | None = None
+    ) -> None:
         try:
             from transformers import AutoModel, AutoTokenizer
         except ImportError as error:
@@ -44,8 +50,9 @@ class TextEncoder:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         of_text = whole.get_encoder() if whole.config.is_encoder_decoder else getattr(whole, "text_model", whole)
-        self.model = of_text.to(device).eval().requires_grad_(False)
-        self.max_length, self.device = max_length, device
+        self.device = own_device() if device is None else device
+        self.model = of_text.to(self.device).eval().requires_grad_(False)
+        self.max_length = max_length
 
     @property
     def width(self) -> int:

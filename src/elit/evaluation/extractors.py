@@ -1,7 +1,6 @@
 """Networks whose features scores are made of: Inception (2015), DINOv2 ViT-L/14, and the classifiers of the digits."""
 
 import io
-import os
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from elit.data import EMBEDDED, open_data
 from elit.data.pixels import from_uint8
+from elit.data.remote import cache_folder
 from elit.digest import weights_digest
 from elit.errors import ElitError
 from elit.evaluation.classifier import Classifier, train_classifier
@@ -84,12 +84,6 @@ def open_extractor(
     raise ElitError(f"no extractor is named {name!r}; there are inception, dinov2, {', '.join(EMBEDDED)}")
 
 
-def cache_folder() -> Path:
-    """Where weights and features are kept: ``$ELIT_CACHE``, or ``elit`` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("ELIT_CACHE") or Path(base) / "elit")
-
-
 # ------------------------------------------------------------------------------------------------ Inception
 
 
@@ -153,21 +147,7 @@ def dinov2(source: str | Path = DINO, resize: Resize = "float", device: torch.de
     Raises:
         ElitError: transformers or the weights are missing, or they are damaged.
     """
-    try:
-        from transformers import Dinov2Model
-    except ImportError as error:
-        raise ElitError(f"DINOv2 features need {error.name}: pip install 'elit-diffusion[evaluate]'") from error
-    try:
-        loaded: Any = Dinov2Model.from_pretrained(str(source), use_safetensors=True, output_loading_info=True)
-    except Exception as error:  # it raises several kinds, also those of safetensors and of the Hub
-        raise ElitError(
-            f"there are no weights of DINOv2 at {source}; give the folder of config.json and model.safetensors of "
-            f"{DINO} with --weights ({str(error).strip().splitlines()[0]})"
-        ) from error
-    network, report = loaded
-    if report["missing_keys"]:
-        raise ElitError(f"{source} does not fit DINOv2: it lacks {sorted(report['missing_keys'])[0]}")
-    network = network.to(device).eval().requires_grad_(False)
+    network = load_dinov2(source, "weights").to(device)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
 
     def features(pixels: Tensor) -> Features:
@@ -184,6 +164,33 @@ def dinov2(source: str | Path = DINO, resize: Resize = "float", device: torch.de
         None,
         features,
     )
+
+
+def load_dinov2(source: str | Path, option: str) -> Any:
+    """A ``Dinov2Model`` of transformers, frozen.
+
+    Args:
+        source: a folder or a Hub id.
+        option: what a user names it with.
+
+    Raises:
+        ElitError: transformers or the weights are missing, or they are damaged.
+    """
+    try:
+        from transformers import Dinov2Model
+    except ImportError as error:
+        raise ElitError(f"DINOv2 features need {error.name}: pip install 'elit-diffusion[evaluate]'") from error
+    try:
+        loaded: Any = Dinov2Model.from_pretrained(str(source), use_safetensors=True, output_loading_info=True)
+    except Exception as error:  # it raises several kinds, also those of safetensors and of the Hub
+        raise ElitError(
+            f"there are no weights of DINOv2 at {source}; give the folder of config.json and model.safetensors, such "
+            f"as those of {DINO}, with --{option} ({str(error).strip().splitlines()[0]})"
+        ) from error
+    network, report = loaded
+    if report["missing_keys"]:
+        raise ElitError(f"{source} does not fit DINOv2: it lacks {sorted(report['missing_keys'])[0]}")
+    return network.eval().requires_grad_(False)
 
 
 def _to_224(pixels: Tensor, resize: Resize) -> Tensor:

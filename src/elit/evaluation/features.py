@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from elit.data.remote import cache_folder
 from elit.errors import ElitError
-from elit.evaluation.extractors import Extractor, cache_folder
+from elit.evaluation.extractors import Extractor
 from elit.evaluation.frechet import Moments
 from elit.evaluation.sources import Images
 from elit.evaluation.statistics import RunningMoments

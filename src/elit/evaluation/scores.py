@@ -77,6 +77,8 @@ def open_reference(source: str | Path, extractor: Extractor) -> Reference:
             mu, sigma = (torch.from_numpy(np.asarray(found[key], dtype=np.float64)) for key in (mean, covariance))
             if mu.dim() != 1 or sigma.shape != (len(mu), len(mu)):
                 raise ElitError(f"{path}: {mean} and {covariance} have shapes {tuple(mu.shape)}, {tuple(sigma.shape)}")
+            if not (mu.isfinite().all() and sigma.isfinite().all()):
+                raise ElitError(f"{path}: {mean} or {covariance} holds numbers that are not finite; make it anew")
             moments[name] = Moments(mu, sigma)
     if not moments and not has_images:
         raise ElitError(f"{path} is no reference: it has neither mu and sigma nor arr_0")

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from elit.data import EMBEDDED, open_data
+from elit.data.images import CorruptImageError
 from elit.data.pixels import to_uint8
+from elit.data.sources import SUFFIXES, image_names, read_bytes
 from elit.errors import ElitError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SETTINGS = "settings.json"  # what `elit sample` writes beside its images
 
 
@@ -52,18 +54,16 @@ def open_images(source: str | Path) -> Images:
     if name in EMBEDDED and part in ("", "held-out"):
         return _embedded(str(source), open_data(name, held_out=bool(part)).batch)
     path = Path(source)
-    if path.is_dir():
-        pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES and not p.name.startswith("."))
-        if pictures:
-            return _pictures(path, [p.read_bytes for p in pictures], _settings(path))
-        if (path / "samples.npz").is_file():
-            return _archive(path / "samples.npz")
-        raise ElitError(f"{path} holds no images ({', '.join(PICTURES)}) and no samples.npz")
-    if not path.is_file():
+    if not path.exists():
         raise ElitError(f"there is nothing at {source}: give a folder, a .zip, a .npz or one of {', '.join(EMBEDDED)}")
     if path.suffix == ".npz":
         return _archive(path)
-    return _zip(path)
+    names = image_names(path)
+    if names:
+        return _pictures(path, names)
+    if (path / "samples.npz").is_file():
+        return _archive(path / "samples.npz")
+    raise ElitError(f"{path} holds no images ({', '.join(SUFFIXES)}) and no samples.npz")
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -82,43 +82,40 @@ def _embedded(source: str, batch: Callable[[Tensor], tuple[Tensor, Tensor]]) -> 
     return Images(source, count, content, lambda start, stop: pixels[start:stop])
 
 
-def _pictures(source: Path, files: list[Callable[[], bytes]], settings: dict[str, Any]) -> Images:
-    """Each file gives the bytes of one picture."""
+def _pictures(source: Path, names: list[str]) -> Images:
+    """The images of a folder or zip, which are as large as its first."""
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(hashlib.sha256(file()).digest())
+    for name in names:
+        digest.update(hashlib.sha256(_read(source, name)).digest())
+    first = _decode(source, names[0])
 
     def read(start: int, stop: int) -> Tensor:
-        images = [_decode(source, file()) for file in files[start:stop]]
-        sizes = {tuple(image.shape[:2]) for image in images}
-        if len(sizes) > 1:
-            raise ElitError(f"images of {source} differ in size ({sorted(sizes)}); bring them to one size first")
+        images = [_decode(source, name) for name in names[start:stop]]
+        for name, image in zip(names[start:stop], images, strict=True):
+            if image.shape != first.shape:
+                sizes = " and ".join(f"{n} is {i.shape[1]}x{i.shape[0]}" for n, i in ((names[0], first), (name, image)))
+                raise ElitError(f"images of {source} differ in size: {sizes}; bring them to one size first")
         return torch.stack(images)
 
-    return Images(str(source), len(files), digest.hexdigest()[:16], read, settings)
+    return Images(str(source), len(names), digest.hexdigest()[:16], read, _settings(source))
 
 
-def _decode(source: Path, data: bytes) -> Tensor:
+def _read(source: Path, name: str) -> bytes:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        return read_bytes(source, name)
+    except CorruptImageError as error:
+        raise ElitError(f"{source / name} cannot be read ({error}); copy it again or remove it") from error
+
+
+def _decode(source: Path, name: str) -> Tensor:
+    """Bytes (H, W, 3)."""
+    try:
+        with Image.open(io.BytesIO(_read(source, name))) as image:
             return torch.from_numpy(np.array(image.convert("RGB")))
-    except (UnidentifiedImageError, OSError) as error:
-        raise ElitError(f"{source} holds a damaged image ({error}); remove it or make it again") from error
-
-
-def _zip(path: Path) -> Images:
-    try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ElitError(f"{path} is no zip or .npz of images, or it is damaged") from error
-    names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in PICTURES)
-    if not names:
-        raise ElitError(f"{path} holds no images ({', '.join(PICTURES)})")
-
-    def reader(name: str) -> Callable[[], bytes]:
-        return lambda: archive.read(name)
-
-    return _pictures(path, [reader(name) for name in names], {})
+    except ElitError:
+        raise
+    except Exception as error:  # decoders raise exceptions of every kind on damaged files
+        raise ElitError(f"{source / name} is a damaged image; remove it or make it again") from error
 
 
 def _archive(path: Path) -> Images:
@@ -127,9 +124,12 @@ def _archive(path: Path) -> Images:
     size = int(np.prod(shape[1:]))
 
     def read(start: int, stop: int) -> Tensor:
-        member.seek(offset + start * size)
-        data = bytearray(member.read((min(stop, shape[0]) - start) * size))
-        return _rgb(torch.frombuffer(data, dtype=torch.uint8).view(-1, *shape[1:]))
+        try:
+            member.seek(offset + start * size)
+            data = bytearray(member.read((min(stop, shape[0]) - start) * size))
+            return _rgb(torch.frombuffer(data, dtype=torch.uint8).view(-1, *shape[1:]))
+        except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            raise ElitError(f"{path} is damaged ({error}); copy it again or make it anew") from error
 
     digest = hashlib.sha256()
     for start in range(0, shape[0], 256):
@@ -150,6 +150,8 @@ def _open_array(path: Path, name: str) -> tuple[Any, tuple[int, ...], int]:
         raise ElitError(f"{path} holds no images: it has no {name}") from error
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[-1] not in (1, 3):
         raise ElitError(f"{name} of {path} is {dtype} of shape {shape}; it must be bytes (M, H, W, 3)")
+    if not shape[0]:
+        raise ElitError(f"{path} holds no images: {name} is empty")
     return member, shape, member.tell()
 
 

@@ -121,6 +121,8 @@ def pyramid_loss(
 
 # ------------------------------------------------------------------------------------------------ sampling
 
+THRESHOLD = 0.1  # the published one
+
 
 @dataclass(frozen=True)
 class StageSchedule:
@@ -152,7 +154,7 @@ class StageSchedule:
             raise ElitError(f"stage thresholds {list(self.thresholds)} must be in [0, 1)")
 
     @classmethod
-    def even(cls, steps: int, stages: int, threshold: float = 0.1) -> Self:
+    def even(cls, steps: int, stages: int, threshold: float = THRESHOLD) -> Self:
         """``steps`` shared out evenly, the coarser stages taking the rest.
 
         Raises:

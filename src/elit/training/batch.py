@@ -4,19 +4,14 @@ Times, noise and dropped labels are drawn for the global batch from (seed, step)
 sample i of step s is the same sample with the same noise however many processes and micro-batches there are.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from elit.flow import flow_matching_loss
 from elit.flow.paths import Path
-from elit.flow.pyramid import pyramid_loss
 from elit.models import DFM, Model
-from elit.seeding import generator
 from elit.training.config import TrainConfig
 
 
@@ -40,10 +35,9 @@ class Draws:
         return Draws(self.t[index], [noise[index] for noise in self.noise], self.dropped[index], self.active)
 
 
-def draw(config: TrainConfig, model: Model, path: Path, step: int, count: int) -> Draws:
-    """The draws of a step for the global batch of ``count`` samples, on the model's device."""
-    device = model.device
-    rng = generator(config.seed, "step", step, device=device)
+def draw(config: TrainConfig, model: Model, path: Path, rng: torch.Generator, count: int) -> Draws:
+    """The draws of a generator for ``count`` samples, on its device."""
+    device = rng.device
     if isinstance(model, DFM):
         t, active = config.stages.draw(count, path, rng)
         shapes: list[tuple[int, ...]] = [*model.stage_shapes]
@@ -59,17 +53,29 @@ def share(count: int, process: int, processes: int) -> slice:
     return slice(count * process // processes, count * (process + 1) // processes)
 
 
-def micro_batches(levels: list[int], largest: int | None) -> Iterator[tuple[int, Tensor]]:
-    """Cuts samples of some levels into batches of one level each, of at most ``largest`` samples: (level, indices)."""
+class Part(NamedTuple):
+    """A micro-batch: samples of one level, at places in the process's share of the batch."""
+
+    level: int
+    places: Tensor
+    weight: float = 1.0
+
+
+def micro_batches(levels: list[int], largest: int | None) -> list[Part]:
+    """Cuts samples of some levels into batches of one level each, of at most ``largest`` samples."""
+    parts = []
     for level in sorted(set(levels)):
         same = torch.tensor([i for i, of_sample in enumerate(levels) if of_sample == level])
-        for part in same.split(largest or len(levels)):
-            yield level, part
+        parts += [Part(level, places) for places in same.split(largest or len(levels))]
+    return parts
 
 
-def losses(network: nn.Module, x: Tensor, y: Any, draws: Draws, path: Path, budget: float | None) -> Tensor:
-    """One loss per sample, (B,)."""
-    if draws.active:
-        velocities = lambda states, t, active: network(states, t, y, budget, active)  # noqa: E731
-        return pyramid_loss(velocities, x, draws.t, draws.noise, path, draws.active)
-    return flow_matching_loss(partial(network, y=y, budget=budget), x, draws.t, draws.noise[0], path)
+def as_many_for_all(parts: list[Part], levels: list[int], largest: int | None, processes: int) -> list[Part]:
+    """A process's micro-batches, as many as the process with most of them has.
+
+    Gathering sharded weights takes all processes: one that has nothing left joins with a sample that weighs nothing.
+    """
+    shares = (levels[share(len(levels), process, processes)] for process in range(processes))
+    most = max(len(micro_batches(of_process, largest)) for of_process in shares)
+    idle = Part(parts[-1].level, parts[-1].places[:1], weight=0.0)
+    return parts + [idle] * (most - len(parts))

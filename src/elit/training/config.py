@@ -100,6 +100,21 @@ class ValidationConfig:
 
 
 @dataclass
+class RepaConfig:
+    """Alignment with a pretrained encoder (REPA, Yu et al. 2024, arXiv 2410.06940). Without an encoder there is none.
+
+    Attributes:
+        encoder: DINOv2 model of transformers: a folder or a Hub id, such as facebook/dinov2-base.
+        coefficient: of the alignment in the loss.
+        depth: the spatial tokens after so many blocks are aligned; blocks of the head, in an elastic model.
+    """
+
+    encoder: str | None = None
+    coefficient: float = 0.5
+    depth: int = 8
+
+
+@dataclass
 class TrainConfig:
     """A training run.
 
@@ -107,9 +122,13 @@ class TrainConfig:
         out: the run directory; a run found there is continued.
         resume: a run or checkpoint to start from where ``out`` has no checkpoint of its own yet.
         data: name of the data set, or where it lies.
+        text_encoder: of captions: a text encoder of transformers (a folder or a Hub id), or words, a random vector for
+            each word.
+        flips: mirror half of the images at random; latents are mirrored when they are encoded.
         model: what to train.
         elit: at which budgets.
         optimizer: how.
+        repa: with what else in the loss.
         steps: number of steps.
         batch_size: samples per step, over all processes.
         micro_batch_size: most samples in one forward of a process; gradients of the micro-batches are accumulated.
@@ -119,6 +138,8 @@ class TrainConfig:
         stages: of a multi-scale model (DFM), instead: which stages are active, and their times.
         label_dropout: fraction of labels replaced by the null class, for guidance.
         ema_decay: of the moving average of the weights; step i uses at most (1 + i) / (10 + i).
+        parallel: of several processes. ddp: each holds everything. fsdp (FSDP2): each holds its share of weights,
+            average, gradients and optimizer state, and a block is whole only while it computes.
         precision: auto is bf16 on a GPU and fp32 elsewhere. Weights and optimizer state are fp32 always.
         compile: compile the blocks: one compilation for all blocks and budgets.
         checkpoint_activations: keep the inputs of blocks only and compute the rest again: less memory, a third more
@@ -134,9 +155,12 @@ class TrainConfig:
     out: str = "runs/train"
     resume: str | None = None
     data: str = "digits"
+    text_encoder: str = "words"
+    flips: bool = False
     model: ModelChoice = field(default_factory=ModelChoice)
     elit: ElasticConfig = field(default_factory=ElasticConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    repa: RepaConfig = field(default_factory=RepaConfig)
     steps: int = 500_000
     batch_size: int = 256
     micro_batch_size: int | None = None
@@ -146,6 +170,7 @@ class TrainConfig:
     stages: StageDensity = field(default_factory=StageDensity)
     label_dropout: float = 0.1
     ema_decay: float = 0.9999
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
     checkpoint_activations: bool = False

@@ -27,10 +27,11 @@ def named_groups(model: Model, config: OptimizerConfig) -> dict[str, list[str]]:
     return {"muon": [n for n in names if n in matrices], "adamw": [n for n in names if n not in matrices]}
 
 
-def make_optimizers(model: Model, config: OptimizerConfig) -> dict[str, Optimizer]:
-    """One optimizer per group of :func:`named_groups`."""
-    parameters = dict(model.named_parameters())
-    groups = {kind: [parameters[name] for name in names] for kind, names in named_groups(model, config).items()}
+def make_optimizers(
+    parameters: dict[str, nn.Parameter], names: dict[str, list[str]], config: OptimizerConfig
+) -> dict[str, Optimizer]:
+    """One optimizer for each list of names, such as :func:`named_groups` gives."""
+    groups = {kind: [parameters[name] for name in of_kind] for kind, of_kind in names.items()}
     optimizers: dict[str, Optimizer] = {
         "adamw": AdamW(groups["adamw"], lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
     }

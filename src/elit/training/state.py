@@ -11,7 +11,7 @@
       checkpoints/step-00001000/     whole or absent
         config.json                  the model, and
         model.safetensors            its averaged weights: the folder loads as it is
-        training.safetensors         raw weights (raw.*) and optimizer state (adamw.*, muon.*)
+        training.safetensors         raw weights (raw.*), optimizer state (adamw.*, muon.*), the projector (repa.*)
         training.json                step, samples seen, scale of fp16, versions, commit
 
 All randomness of training is a function of (seed, step), so this is all there is to restore.
@@ -24,11 +24,12 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -39,19 +40,48 @@ from elit.models.files import (
     CONFIG,
     TRAINING,
     WEIGHTS,
+    check_fit,
     checkpoints,
-    load_weights,
     read_tensors,
     save_model,
     write_tensors,
 )
+from elit.training.config import TrainConfig
+from elit.training.sharding import like, whole
 
 RECORD = "training.json"
 GROWING = {
     *("out", "resume", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "validation"),
-    *("trackers", "micro_batch_size", "compile", "checkpoint_activations"),
+    *("trackers", "micro_batch_size", "parallel", "compile", "checkpoint_activations"),
 }
 """Settings that a continued run may change."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training changes, whole or in shards.
+
+    Attributes:
+        model: the raw weights.
+        ema: their moving average.
+        projector: of alignment with an encoder, or None.
+        optimizers: by kind (adamw, muon).
+        names: of the parameters of each optimizer, in its order.
+    """
+
+    model: Model
+    ema: AveragedModel
+    projector: nn.Module | None
+    optimizers: dict[str, Optimizer]
+    names: dict[str, list[str]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All but the average, by their names in ``training.safetensors``."""
+        found = {f"raw.{k}": v for k, v in self.model.state_dict().items()}
+        found |= {} if self.projector is None else {f"repa.{k}": v for k, v in self.projector.state_dict().items()}
+        for kind, optimizer in self.optimizers.items():
+            found |= optimizer_tensors(kind, optimizer, self.names[kind])
+        return found
 
 
 def optimizer_tensors(kind: str, optimizer: Optimizer, names: list[str]) -> dict[str, Tensor]:
@@ -61,44 +91,50 @@ def optimizer_tensors(kind: str, optimizer: Optimizer, names: list[str]) -> dict
 
 
 def restore_optimizer(kind: str, optimizer: Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
-    """The inverse of :func:`optimizer_tensors`."""
+    """The inverse of :func:`optimizer_tensors`, from whole tensors."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for i, name in enumerate(names):
-        prefix = f"{kind}.{name}."
-        entry = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    for i, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+        entry = _under(f"{kind}.{name}.", tensors)
         # "a.weight" also begins "a.weight.b"; a key of optimizer state has no dot
-        state[i] = {k: v for k, v in entry.items() if "." not in k}
+        state[i] = {k: like(v, parameter) for k, v in entry.items() if "." not in k}
     filled = {i: entry for i, entry in state.items() if entry}
     optimizer.load_state_dict({"state": filled, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def save_checkpoint(
-    run: Path,
-    step: int,
-    model: Model,
-    ema: AveragedModel,
-    optimizers: dict[str, Optimizer],
-    groups: dict[str, list[str]],
-    extra: dict[str, Any],
-    keep: int,
-) -> Path:
+def restore_module(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Weights of a module, which may be in shards, from whole tensors.
+
+    Raises:
+        ElitError: they do not fit.
+    """
+    wanted = module.state_dict()
+    check_fit(wanted, tensors, source)
+    module.load_state_dict({k: like(v, wanted[k]) for k, v in tensors.items()})
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def save_checkpoint(run: Path, step: int, trained: Trained, extra: dict[str, Any], keep: int, main: bool) -> None:
     """Writes the checkpoint of a step, whole or not at all, and removes all but the last ``keep``.
+
+    All processes call it, for shards are put together; the main one writes.
 
     Raises:
         ElitError: the disk is full or the folder cannot be written; earlier checkpoints stay.
     """
-    target = run / "checkpoints" / f"step-{step:08d}"
-    if target.exists():
-        return target
-    tensors = {f"raw.{k}": v for k, v in model.state_dict().items()}
-    for kind, optimizer in optimizers.items():
-        tensors |= optimizer_tensors(kind, optimizer, groups[kind])
-    record = {"step": step, "averaged": int(ema.n_averaged), **extra, **versions()}
-    averaged = ema.module
+    averaged = trained.ema.module
     assert isinstance(averaged, Model)
+    weights, tensors = whole(averaged.state_dict(), keep=main), whole(trained.tensors(), keep=main)
+    target = run / "checkpoints" / f"step-{step:08d}"
+    if not main or target.exists():
+        return
+    record = {"step": step, "averaged": int(trained.ema.n_averaged), **extra, **versions()}
     try:
         with atomic_folder(target) as folder:
-            save_model(averaged, folder)
+            save_model(averaged, folder, weights)
             write_tensors(folder / TRAINING, tensors)
             (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     except ElitError as error:
@@ -107,16 +143,9 @@ def save_checkpoint(
         raise ElitError(f"{error}; {safe}: make room and run the same command again") from error
     for old in checkpoints(run)[: -max(1, keep)]:
         shutil.rmtree(old)
-    return target
 
 
-def restore_checkpoint(
-    folder: Path,
-    model: Model,
-    ema: AveragedModel,
-    optimizers: dict[str, Optimizer],
-    groups: dict[str, list[str]],
-) -> dict[str, Any]:
+def restore_checkpoint(folder: Path, trained: Trained) -> dict[str, Any]:
     """Restores everything from a checkpoint, bit for bit, and returns its record (``step``, ...).
 
     Raises:
@@ -129,12 +158,16 @@ def restore_checkpoint(
             f"{folder / RECORD} is missing or damaged; remove {folder} to go back one checkpoint"
         ) from error
     tensors = read_tensors(folder / TRAINING)
-    raw = {k.removeprefix("raw."): v for k, v in tensors.items() if k.startswith("raw.")}
-    load_weights(model, raw, folder / TRAINING)
-    load_weights(ema.module, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
-    ema.n_averaged.fill_(record["averaged"])
-    for kind, optimizer in optimizers.items():
-        restore_optimizer(kind, optimizer, groups[kind], tensors)
+    restore_module(trained.model, _under("raw.", tensors), folder / TRAINING)
+    restore_module(trained.ema.module, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    trained.ema.n_averaged.fill_(record["averaged"])
+    if trained.projector is not None:
+        projector = _under("repa.", tensors)
+        if not projector:
+            raise ElitError(f"repa.encoder is set, but {folder} was trained without; start a run of its own")
+        restore_module(trained.projector, projector, folder / TRAINING)
+    for kind, optimizer in trained.optimizers.items():
+        restore_optimizer(kind, optimizer, trained.names[kind], tensors)
     return record
 
 
@@ -150,7 +183,7 @@ def versions() -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ the run directory
 
 
-def write_or_compare_config(run: Path, config: dict[str, Any]) -> None:
+def write_or_compare_config(run: Path, config: TrainConfig) -> None:
     """Stores a run's configuration, or checks that a run to be continued has the same.
 
     Raises:
@@ -158,18 +191,18 @@ def write_or_compare_config(run: Path, config: dict[str, Any]) -> None:
     """
     import yaml
 
-    config = json.loads(json.dumps(config))  # tuples become lists, as in YAML
+    settings, defaults = (json.loads(json.dumps(asdict(c))) for c in (config, TrainConfig()))  # as in YAML: no tuples
     path = run / "config.yaml"
     if path.exists() and checkpoints(run):
-        before = yaml.safe_load(path.read_text()) or {}
-        for key in sorted(config.keys() - GROWING):
-            if before.get(key) != config[key]:
+        before = defaults | (yaml.safe_load(path.read_text()) or {})  # a setting that came later had its default
+        for key in sorted(settings.keys() - GROWING):
+            if before[key] != settings[key]:
                 raise ElitError(
-                    f"{run} was started with {key} = {before.get(key)!r}, not {config[key]!r}; "
+                    f"{run} was started with {key} = {before[key]!r}, not {settings[key]!r}; "
                     "continue it with the same settings or choose another out"
                 )
     with atomic_file(path) as temporary:
-        temporary.write_text(yaml.safe_dump(config, sort_keys=False))
+        temporary.write_text(yaml.safe_dump(settings, sort_keys=False))
 
 
 def truncate_log(path: Path, step: int) -> None:

@@ -11,8 +11,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,17 +22,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from elit.conditions import Condition, map_condition
-from elit.data import Data, open_data, sample_indices
+from elit.data import Captioned, Data, open_data, sample_indices
 from elit.errors import ElitError
 from elit.flow import path_named
-from elit.models import Model, create
+from elit.models import MMDiT, MMDiTConfig, Model, config_for, create
 from elit.models.dit import Transformer
 from elit.seeding import derive_seed, generator
 from elit.training import state
-from elit.training.batch import Draws, draw, losses, micro_batches, share
+from elit.training.batch import Draws, as_many_for_all, draw, micro_batches, share
 from elit.training.budgets import scaled_batch_size, training_levels
 from elit.training.config import TrainConfig
+from elit.training.objective import Objective
 from elit.training.optim import lr_factor, make_ema, make_optimizers, named_groups, set_lr
+from elit.training.repa import Features, check_alignment, make_projector
+from elit.training.sharding import shard, whole
 from elit.training.speed import Speed, Speedometer, peak_flops
 from elit.training.validation import Validation
 
@@ -49,6 +51,7 @@ class StepReport(NamedTuple):
         num_latents: J~ of the step, the mean where samples differ; 0 without an interface.
         batch_size: samples of the step, over all processes.
         skipped: steps so far whose loss or gradient was not finite, and which changed nothing.
+        alignment: mean cosine similarity with the features of an encoder, where there is one (``repa``).
     """
 
     step: int
@@ -58,10 +61,11 @@ class StepReport(NamedTuple):
     num_latents: float
     batch_size: int
     skipped: int
+    alignment: float | None = None
 
 
 def build_model(config: TrainConfig, data: Data) -> Model:
-    """A new model that fits the data, with weights from the seed.
+    """A new model that fits the data, with weights from the seed, and with the empty prompt of captions.
 
     Raises:
         ElitError: a name or field that does not exist, or sizes that do not fit.
@@ -72,14 +76,25 @@ def build_model(config: TrainConfig, data: Data) -> Model:
         if "group_size" in config.model.fields:
             raise ElitError("group_size is given twice, in elit and in model.fields; leave one out")
         fitted["group_size"] = config.elit.group_size
+    empty = None
+    if isinstance(data, Captioned):
+        if not isinstance(config_for(config.model.name), MMDiTConfig):
+            raise ElitError(
+                f"the data have captions; take a model of text like ELIT-MMDiT-B/2, not {config.model.name}"
+            )
+        empty = data.encode([""])
+        fitted |= {"text_width": empty.tokens.shape[2], "empty_length": int(empty.mask.sum())}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "weights"))
         try:
-            return create(config.model.name, **(fitted | config.model.fields))
+            model = create(config.model.name, **(fitted | config.model.fields))
         except ElitError as error:
             if config.elit.group_size is not None and "group size" in str(error):
                 raise ElitError(f"elit.group_size: {error}") from error
             raise
+    if isinstance(model, MMDiT) and empty is not None:
+        model.set_empty_prompt(empty)
+    return model
 
 
 class Trainer:
@@ -110,7 +125,9 @@ class Trainer:
         self.config = config
         self.run = Path(config.out)
         state.to_continue(self.run, config.resume)  # a wrong path is told before anything is built
-        self.data = open_data(config.data) if data is None else data
+        if data is None:
+            data = open_data(config.data, text_encoder=config.text_encoder, flips=config.flips)
+        self.data = data
         self.path = path_named(config.path)
         self.model = build_model(config, self.data)
         self.levels = training_levels(config.elit, self.model)
@@ -118,8 +135,12 @@ class Trainer:
         self.accelerator = _accelerator(config)
         self.model.to(self.accelerator.device)
         self.ema = make_ema(self.model, config.ema_decay)
-        self.groups = named_groups(self.model, config.optimizer)
-        self.optimizers = make_optimizers(self.model, config.optimizer)
+        self.features = self._features()
+        self.objective = self._objective()
+        self.sharded = config.parallel == "fsdp" and self.accelerator.num_processes > 1
+        if self.sharded:
+            self._shard()
+        self.trained = self._trained()
         self.half = half_precision(config)
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.half == torch.float16)
         peak = peak_flops(self.accelerator.device) if self.half else None
@@ -129,13 +150,14 @@ class Trainer:
         self.step = 0
         self.seen = 0  # samples, over all steps
         self.skipped = 0
+        self._told_to_stop = False  # by a signal, of which the other processes hear at the next step
         self._stop = False
 
     def __iter__(self) -> Iterator[StepReport]:
         with ExitStack() as stack:
             if self.is_main:
                 stack.enter_context(state.locked(self.run))
-                state.write_or_compare_config(self.run, asdict(self.config))
+                state.write_or_compare_config(self.run, self.config)
             stack.enter_context(_stop_on_signals(self))
             self.accelerator.wait_for_everyone()
             self._resume()
@@ -176,27 +198,24 @@ class Trainer:
         return self._stop
 
     def save(self) -> None:
-        """Writes a checkpoint of the current step, on the main process.
+        """Writes a checkpoint of the current step; all processes call it.
 
         Raises:
             ElitError: the disk is full; earlier checkpoints stay.
         """
-        if self.is_main:
-            state.save_checkpoint(
-                self.run,
-                self.step,
-                self.model,
-                self.ema,
-                self.optimizers,
-                self.groups,
-                {
-                    "seen": self.seen,
-                    "skipped": self.skipped,
-                    "seed": self.config.seed,
-                    "scaler": self.scaler.state_dict(),
-                },
-                self.config.keep_checkpoints,
-            )
+        counts = {"seen": self.seen, "skipped": self.skipped, "seed": self.config.seed}
+        record = counts | {"scaler": self.scaler.state_dict()}
+        state.save_checkpoint(self.run, self.step, self.trained, record, self.config.keep_checkpoints, self.is_main)
+
+    def averaged(self) -> Model:
+        """The moving average as one whole model; where it is in shards, all processes call this, for a copy."""
+        average = self.ema.module
+        assert isinstance(average, Model)
+        if not self.sharded:
+            return average
+        copy = type(average)(average.config)
+        copy.load_state_dict(whole(average.state_dict()))
+        return copy.to(self.accelerator.device)
 
     # -------------------------------------------------------------------------------------------- one step
 
@@ -206,29 +225,33 @@ class Trainer:
         count = self._batch_size(level)
         mine = share(count, self.accelerator.process_index, processes)
         indices = sample_indices(config.seed, self.seen, count, len(self.data))[mine]
-        draws = draw(config, self.model, self.path, step, count)
+        rng = generator(config.seed, "step", step, device=self.accelerator.device)
+        draws = draw(config, self.model, self.path, rng, count)
         levels = self._levels(draws.t, level)
 
         factor = lr_factor(config.optimizer, step, config.steps)
-        set_lr(self.optimizers, config.optimizer, factor)
+        set_lr(self.trained.optimizers, config.optimizer, factor)
         draws = draws.take(mine)
-        parts = list(micro_batches(levels[mine], config.micro_batch_size))
-        total = torch.zeros((), device=self.model.device)
-        for i, (of_part, index) in enumerate(parts):
-            last = i == len(parts) - 1
-            with nullcontext() if last else self.accelerator.no_sync(network):
-                part = draws.take(index.to(total.device))
-                loss = self._loss(network, indices[index], part, of_part).sum() / count
+        parts = micro_batches(levels[mine], config.micro_batch_size)
+        if self.sharded:
+            parts = as_many_for_all(parts, levels, config.micro_batch_size, processes)
+        total = torch.zeros(1 if self.features is None else 2, device=self.accelerator.device)
+        for i, part in enumerate(parts):
+            with self._sync(network, last=i == len(parts) - 1):
+                of_part = draws.take(part.places.to(total.device))
+                terms = self._losses(network, indices[part.places], of_part, part.level).sum(1) * part.weight / count
+                loss = terms[0] + config.repa.coefficient * terms[1:].sum()
                 self.scaler.scale(loss * processes).backward()  # gradients of processes are averaged
-            total += loss.detach()
-        mean_loss = self._agree(total)
+            total += terms.detach()
+        mean_loss, *alignment = self._agree(total)
         norm = self._update(math.isfinite(mean_loss))
         skipped = self.skipped + (not (math.isfinite(mean_loss) and math.isfinite(norm)))
         self.step, self.seen = step + 1, self.seen + count
         for of_sample in set(levels):
             self.speedometer.add(of_sample, levels.count(of_sample))
         mean_level = level if len(set(levels)) == 1 else sum(levels) / count
-        return StepReport(step + 1, mean_loss, norm, config.optimizer.lr * factor, mean_level, count, skipped)
+        lr = config.optimizer.lr * factor
+        return StepReport(step + 1, mean_loss, norm, lr, mean_level, count, skipped, *(-v for v in alignment))
 
     def _batch_size(self, level: int) -> int:
         """Samples of a step at a level, over all processes."""
@@ -243,14 +266,22 @@ class Trainer:
         by_noise = self.config.elit.by_noise
         return [level] * len(t) if by_noise is None else [self.model.level(by_noise(time)) for time in t.tolist()]
 
-    def _loss(self, network: nn.Module, indices: Tensor, draws: Draws, level: int) -> Tensor:
-        """One loss per sample of a micro-batch, (B,)."""
+    def _sync(self, network: Any, last: bool) -> AbstractContextManager[None]:
+        """Within it, gradients of processes are averaged after the last micro-batch only."""
+        if self.sharded:
+            network.set_requires_gradient_sync(last)
+            return nullcontext()
+        return nullcontext() if last else self.accelerator.no_sync(network)
+
+    def _losses(self, network: nn.Module, indices: Tensor, draws: Draws, level: int) -> Tensor:
+        """Losses of each sample of a micro-batch: (1, B), and with alignment (2, B)."""
         x, y = self._batch(indices)
         if y is not None:
             y = self.model.drop_condition(y, draws.dropped)
         budget = level / self.model.num_latents if level else None
         with torch.autocast(x.device.type, self.half, enabled=self.half is not None):
-            return losses(network, x, y, draws, self.path, budget)
+            features = None if self.features is None else self.features(indices, x)
+            return network(x, y, draws, budget, features)
 
     def _batch(self, indices: Tensor) -> tuple[Tensor, Condition | None]:
         """Data (B, C, H, W) and labels (B,) at indices (B,); no labels for an unconditional model."""
@@ -258,41 +289,75 @@ class Trainer:
         device = self.accelerator.device
         return x.to(device), map_condition(lambda v: v.to(device), y) if self.model.conditional else None
 
-    def _agree(self, loss: Tensor) -> float:
-        """The loss summed over processes, which also learn here whether one of them was told to stop."""
-        told = torch.stack((loss, loss.new_tensor(float(self._stop))))
-        total, stop = self.accelerator.reduce(told, "sum").tolist()
+    def _agree(self, losses: Tensor) -> list[float]:
+        """The losses summed over processes, which also learn here whether one of them was told to stop."""
+        told = torch.cat((losses, losses.new_tensor([float(self._told_to_stop)])))
+        *totals, stop = self.accelerator.reduce(told, "sum").tolist()
         self._stop = stop > 0
-        return total
+        return totals
 
     def _update(self, finite: bool) -> float:
         """A step of the optimizers and the average, unless loss or gradient are not finite: the gradient's norm."""
-        for optimizer in self.optimizers.values():
+        optimizers = self.trained.optimizers.values()
+        for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip))
+        of_all: Any = nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.optimizer.clip)
+        norm = float(of_all.full_tensor() if self.sharded else of_all)
         if finite and math.isfinite(norm):
-            for optimizer in self.optimizers.values():
+            for optimizer in optimizers:
                 self.scaler.step(optimizer)
             self.ema.update_parameters(self.model)
         self.scaler.update()
-        self.model.zero_grad()
+        self.objective.zero_grad()
         return norm
 
     # -------------------------------------------------------------------------------------------- the run
 
+    def _features(self) -> Features | None:
+        """What hidden tokens are aligned with, if with anything."""
+        repa = self.config.repa
+        if repa.encoder is None:
+            return None
+        model = check_alignment(repa, self.model)
+        return Features(repa.encoder, model, self.data, self.accelerator.device)
+
+    def _objective(self) -> Objective:
+        if self.features is None:
+            return Objective(self.model, self.path)
+        repa = self.config.repa
+        projector = make_projector(self.model, self.features.width, self.config.seed).to(self.accelerator.device)
+        return Objective(self.model, self.path, projector, repa.depth)
+
+    def _shard(self) -> None:
+        for network, model in ((self.objective, self.model), (self.ema, self.ema.module)):
+            assert isinstance(model, Transformer)
+            shard(network, model.blocks, self.accelerator.num_processes, self.accelerator.device)
+
+    def _trained(self) -> state.Trained:
+        """With optimizers of the parameters as they are now, whole or in shards."""
+        projector, names = self.objective.projector, named_groups(self.model, self.config.optimizer)
+        parameters = dict(self.model.named_parameters())
+        if projector is not None:
+            more = {f"repa.{name}": parameter for name, parameter in projector.named_parameters()}
+            parameters, names["adamw"] = parameters | more, names["adamw"] + list(more)
+        optimizers = make_optimizers(parameters, names, self.config.optimizer)
+        return state.Trained(self.model, self.ema, projector, optimizers, names)
+
     def _wrap(self) -> nn.Module:
-        """The model as it is trained: blocks prepared, precision set, gradients averaged over processes."""
+        """What is trained: blocks prepared, and gradients averaged over processes."""
         prepare_blocks(self.model, self.config)
+        if self.sharded:
+            return self.objective
         # Buffers are tables of positions, the same everywhere: processes need not tell each other.
-        buffers = [name for name, _ in self.model.named_buffers()]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, buffers)
-        return self.accelerator.prepare(self.model)
+        buffers = [name for name, _ in self.objective.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.objective, buffers)
+        return self.accelerator.prepare(self.objective)
 
     def _resume(self) -> None:
         checkpoint = state.to_continue(self.run, self.config.resume)
         if checkpoint is None:
             return
-        record = state.restore_checkpoint(checkpoint, self.model, self.ema, self.optimizers, self.groups)
+        record = state.restore_checkpoint(checkpoint, self.trained)
         self.step, self.seen, self.skipped = record["step"], record["seen"], record["skipped"]
         if self.scaler.is_enabled() and record["scaler"]:
             self.scaler.load_state_dict(record["scaler"])
@@ -311,10 +376,10 @@ class Trainer:
         if report.step % self.config.log_every and report.step != self.config.steps and not validated:
             return
         speed = self.last_speed = self.speedometer.read()
+        held_out = self.validation.losses(self.averaged(), self.accelerator) if validated else {}
         if self.is_main:
-            values: dict[str, Any] = report._asdict()
-            if validated:
-                values |= self.validation.losses(self.ema.module)
+            values: dict[str, Any] = {k: v for k, v in report._asdict().items() if v is not None}
+            values |= held_out
             _append(self.run / "log.jsonl", values)
             # A file of its own: the log is the same for every run of a configuration, and the speed is not.
             _append(self.run / "speed.jsonl", {"step": report.step, **speed._asdict()})
@@ -356,6 +421,10 @@ def check(config: TrainConfig) -> None:
     for name in ("label_dropout", "ema_decay"):
         if not 0 <= getattr(config, name) <= 1:
             raise ElitError(f"{name} is {getattr(config, name)}; it must be in [0, 1]")
+    if config.parallel == "fsdp" and config.optimizer.name == "muon":
+        raise ElitError("parallel is fsdp, and optimizer.name muon needs whole matrices; take adamw or parallel ddp")
+    if config.parallel == "fsdp" and config.precision == "fp16":
+        raise ElitError("precision is fp16, whose loss scale parallel fsdp does not know; take bf16")
 
 
 def _accelerator(config: TrainConfig) -> Any:
@@ -389,10 +458,10 @@ def half_precision(config: TrainConfig) -> torch.dtype | None:
 
 @contextmanager
 def _stop_on_signals(trainer: Trainer) -> Iterator[None]:
-    """SIGINT and SIGTERM end the loop after the step at hand, so that what is saved is consistent."""
+    """SIGINT and SIGTERM end the loop after a step that all processes end with, so that what is saved is consistent."""
 
     def stop(*_: object) -> None:
-        trainer._stop = True
+        trainer._told_to_stop = True
 
     if threading.current_thread() is not threading.main_thread():
         yield

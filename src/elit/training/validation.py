@@ -1,17 +1,26 @@
 """What held-out data say of the averaged weights while a run trains."""
 
-import torch
+from typing import Any
 
-from elit.data import Data, ImageData, open_data
+import torch
+from torch import Tensor
+
+from elit.conditions import map_condition
+from elit.data import Data, open_data
 from elit.errors import ElitError
-from elit.evaluation import held_out_loss
+from elit.flow import path_named
 from elit.interface import check_budget
-from elit.models import DFM, Model
+from elit.models import Model
+from elit.seeding import generator
+from elit.training.batch import draw
 from elit.training.config import TrainConfig
+from elit.training.objective import Objective
+
+PIECE = 64  # samples in a forward; processes take whole pieces, so that their number decides no bit
 
 
 class Validation:
-    """The held-out loss at each of a configuration's budgets.
+    """The held-out loss at each of a configuration's budgets: the objective of training, on data it does not see.
 
     Args:
         model: what is trained.
@@ -32,25 +41,36 @@ class Validation:
                 raise ElitError(f"validation.{name} is {getattr(wanted, name)}; it must be at least 1")
         budgets = [check_budget(budget, "validation.budgets") for budget in wanted.budgets]
         self.budgets: list[float] = budgets if model.interface is not None else [1.0]
-        self.data: ImageData | None = None
-        if wanted.every and not isinstance(model, DFM):  # its loss has no one time; it has sample grids
-            data = open_data(config.data, held_out=True) if held_out is None else held_out
-            x, y = data.batch(torch.arange(min(wanted.samples, len(data))))
-            self.data = ImageData(x, y, data.num_classes)
+        if wanted.every and held_out is None:
+            held_out = open_data(config.data, held_out=True, text_encoder=config.text_encoder)
+        self.data = held_out if wanted.every else None
 
     def due(self, step: int) -> bool:
         """Whether a step ends with a validation."""
         return bool(self.config.validation.every) and step % self.config.validation.every == 0
 
-    def losses(self, model: torch.nn.Module) -> dict[str, float]:
-        """Mean held-out loss, as ``held_out_loss/BUDGET``. All budgets and all steps see the same times and noise."""
-        assert isinstance(model, Model)
-        if self.data is None:
-            return {}
-        config = self.config
-        return {
-            f"held_out_loss/{budget:g}": float(
-                held_out_loss(model, self.data, budget, config.times, config.path, seed=config.seed).mean()
-            )
-            for budget in self.budgets
-        }
+    @torch.no_grad()
+    def losses(self, model: Model, accelerator: Any) -> dict[str, float]:
+        """Mean held-out loss, as ``held_out_loss/BUDGET``; all processes call it, and share the work.
+
+        All budgets and all steps see the same times and noise.
+        """
+        assert self.data is not None
+        pieces = torch.arange(min(self.config.validation.samples, len(self.data))).split(PIECE)
+        sums = torch.zeros(len(self.budgets), len(pieces), device=accelerator.device)
+        for piece in range(accelerator.process_index, len(pieces), accelerator.num_processes):
+            sums[:, piece] = self._losses_of(pieces[piece], model)
+        # Each sum is that of one process and zero elsewhere: what comes out does not depend on their number.
+        means = accelerator.reduce(sums, "sum").double().sum(1) / sum(len(piece) for piece in pieces)
+        return {f"held_out_loss/{budget:g}": float(mean) for budget, mean in zip(self.budgets, means, strict=True)}
+
+    def _losses_of(self, indices: Tensor, model: Model) -> Tensor:
+        """Losses summed over some samples, for each budget."""
+        assert self.data is not None
+        config, path, device = self.config, path_named(self.config.path), model.device
+        x, y = self.data.batch(indices)
+        x = x.to(device)
+        y = map_condition(lambda v: v.to(device), y) if model.conditional else None
+        draws = draw(config, model, path, generator(config.seed, "held-out", int(indices[0]), device=device), len(x))
+        objective = Objective(model, path)
+        return torch.stack([objective(x, y, draws, budget).sum() for budget in self.budgets])

@@ -1,0 +1,40 @@
+"""Mirror images as augmentation."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elit.data.dataset import Data
+from elit.seeding import derive_seed, drawn_seed
+
+
+class Flipped:
+    """Pixels, each sample mirrored left to right with probability 1/2: by the generator and its index alone.
+
+    Args:
+        data: samples (C, ..., W).
+    """
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+
+    @property
+    def num_classes(self) -> int:
+        return self.data.num_classes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Any]:
+        """As of the data, (B, C, ..., W); not mirrored without a generator."""
+        x, y = self.data.batch(indices, generator)
+        if generator is None:
+            return x, y
+        seed = drawn_seed(generator)
+        mirrored = torch.tensor([bool(derive_seed(seed, "flip", index) % 2) for index in indices.tolist()])
+        return torch.where(mirrored.view(-1, *(1,) * (x.dim() - 1)), x.flip(-1), x), y

@@ -1,0 +1,71 @@
+"""The model and its loss in one forward: what processes share, and what is wrapped for it."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elit.conditions import Condition
+from elit.flow import flow_matching_loss
+from elit.flow.paths import Path
+from elit.flow.pyramid import pyramid_loss
+from elit.models import Model
+from elit.models.dit import Transformer
+from elit.training.batch import Draws
+
+
+class Objective(nn.Module):
+    """Losses of samples.
+
+    Args:
+        model: what is trained.
+        path: from data to noise.
+        projector: of alignment (see :mod:`elit.training.repa`), or None.
+        depth: of alignment.
+    """
+
+    def __init__(self, model: Model, path: Path, projector: nn.Module | None = None, depth: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.path = path
+        self.projector = projector
+        self.depth = depth
+
+    def forward(
+        self, x: Tensor, y: Condition | None, draws: Draws, budget: float | None, features: Tensor | None = None
+    ) -> Tensor:
+        """Losses (1, B) of flow matching; with alignment (2, B), the negative mean cosine similarity below it.
+
+        Args:
+            x: data (B, C, H, W).
+            y: labels or text; None for an unconditional model.
+            draws: of these samples.
+            budget: fraction of the latents; None is all.
+            features: (B, N, F) of a pretrained encoder, to align with.
+        """
+        if self.projector is None or features is None:
+            return torch.stack((self.flow_loss(x, y, draws, budget),))
+        hidden: list[Tensor] = []
+        assert isinstance(self.model, Transformer)
+        block = self.model.blocks[self.depth - 1]
+        hook = block.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+        try:
+            flow = self.flow_loss(x, y, draws, budget)
+        finally:
+            hook.remove()
+        similarity = F.cosine_similarity(self.projector(hidden[0]).float(), features.float(), dim=-1)  # (B, N)
+        return torch.stack((flow, -similarity.mean(1)))
+
+    def flow_loss(self, x: Tensor, y: Condition | None, draws: Draws, budget: float | None) -> Tensor:
+        """(B,)."""
+        if draws.active:
+            return pyramid_loss(partial(self.stages, y, budget), x, draws.t, draws.noise, self.path, draws.active)
+        return flow_matching_loss(partial(self.model, y=y, budget=budget), x, draws.t, draws.noise[0], self.path)
+
+    def stages(
+        self, y: Condition | None, budget: float | None, states: Sequence[Tensor], t: Tensor, active: int
+    ) -> Sequence[Tensor]:
+        """Velocities of the stages of a multi-scale model."""
+        return self.model(states, t, y, budget, active)

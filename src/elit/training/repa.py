@@ -1,0 +1,104 @@
+"""Alignment with a pretrained encoder (REPA, Yu et al. 2024, arXiv 2410.06940).
+
+Hidden spatial tokens of the noisy sample, projected, are to resemble what DINOv2 sees in the patches of the clean
+image. Projector and encoder belong to training alone: the saved model does not know of them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elit.data import Data, EncodedFolder, ImageFolder, PublishedLatents
+from elit.data.latents import LatentData
+from elit.errors import ElitError
+from elit.evaluation.extractors import IMAGENET_MEAN, IMAGENET_STD, load_dinov2
+from elit.models import HDiT, MMDiT, Model
+from elit.models.dit import Transformer
+from elit.seeding import derive_seed
+from elit.training.config import RepaConfig
+
+HIDDEN = 2048  # of the projector: the paper's code
+
+
+class Features:
+    """Patch features (B, N, F) of clean images, one for each spatial token.
+
+    Images are resized so that a patch of the encoder is a token: 224 px for 16 x 16 tokens and patches of 14 pixels,
+    448 px for 32 x 32, as in the paper.
+
+    Args:
+        source: a DINOv2 model of transformers: a folder or a Hub id.
+        model: whose tokens they are for.
+        data: whose images they are of.
+
+    Raises:
+        ElitError: no such encoder, or data without images.
+    """
+
+    def __init__(self, source: str, model: Transformer, data: Data, device: torch.device) -> None:
+        self.images = images_of(data)
+        self.encoder = load_dinov2(source, "repa.encoder").to(device)
+        patch = self.encoder.config.patch_size
+        _, rows, columns = model.config.grid_size
+        self.tokens = rows * columns
+        self.size = (rows * patch, columns * patch)
+        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+
+    @property
+    def width(self) -> int:
+        """F."""
+        return self.encoder.config.hidden_size
+
+    @torch.no_grad()
+    def __call__(self, indices: Tensor, x: Tensor) -> Tensor:
+        """Features of the samples x (B, C, H, W) at indices (B,) of the data."""
+        images = x if self.images is None else self.images.batch(indices)[0].to(x.device)  # in [-1, 1]
+        small = F.interpolate(images, self.size, mode="bicubic", antialias=True, align_corners=False)
+        seen = (small.clamp(-1, 1).expand(-1, 3, -1, -1) / 2 + 0.5 - self.mean) / self.std
+        return self.encoder(seen).last_hidden_state[:, -self.tokens :]  # after the class token
+
+
+def images_of(data: Data) -> ImageFolder | None:
+    """Where the images of latents are; None where the samples are images themselves.
+
+    Raises:
+        ElitError: data without images.
+    """
+    if isinstance(data, EncodedFolder) and isinstance(data.images, ImageFolder):
+        return data.images
+    if isinstance(data, PublishedLatents):
+        return data.source_images()
+    if isinstance(data, LatentData) or data.shape[0] not in (1, 3):
+        raise ElitError(
+            "repa.encoder looks at images, and the data has latents alone; take the images, IMAGES@AUTOENCODER, or the "
+            "published layout with its folder images"
+        )
+    return None
+
+
+def make_projector(model: Model, width: int, seed: int) -> nn.Module:
+    """The MLP from hidden tokens (B, N, D) to features (B, N, F), with weights from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "projector"))
+        return nn.Sequential(
+            *(nn.Linear(model.config.width, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU()),
+            nn.Linear(HIDDEN, width),
+        )
+
+
+def check_alignment(config: RepaConfig, model: Model) -> Transformer:
+    """The model, if its tokens can be aligned.
+
+    Raises:
+        ElitError: blocks after which there are no spatial tokens of an image, or a coefficient below 0.
+    """
+    if config.coefficient < 0:
+        raise ElitError(f"repa.coefficient is {config.coefficient}; it must be at least 0")
+    assert isinstance(model, Transformer)
+    hourglass = isinstance(model, HDiT) and model.interface is None  # its tokens are in runs, and merged in between
+    if isinstance(model, MMDiT) or hourglass or model.config.grid_size[0] > 1:
+        raise ElitError(f"repa.encoder is set; a {type(model).__name__} of this kind cannot be aligned with one")
+    deepest = model.config.depth if model.interface is None else model.config.head_depth
+    if not 1 <= config.depth <= deepest:
+        raise ElitError(f"repa.depth is {config.depth}; the model has spatial tokens after its blocks 1 to {deepest}")
+    return model
