@@ -128,7 +128,7 @@ class TrainConfig:
         model: what to train.
         elit: at which budgets.
         optimizer: how.
-        repa: with what else in the loss.
+        repa: alignment of hidden tokens with a pretrained encoder, added to the loss.
         steps: number of steps.
         batch_size: samples per step, over all processes.
         micro_batch_size: most samples in one forward of a process; gradients of the micro-batches are accumulated.
