@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from elit import __version__
+from elit.app.analyze import analyze_attention, analyze_budgets, analyze_cost, analyze_guidance, analyze_steps
 from elit.app.convert import convert_model
 from elit.app.evaluate import evaluate, evaluate_compare, evaluate_reference
 from elit.app.info import info
@@ -31,6 +32,11 @@ VERBS: dict[str, Callable[..., object]] = {
     "evaluate": evaluate,
     "evaluate-reference": evaluate_reference,
     "evaluate-compare": evaluate_compare,
+    "analyze-budgets": analyze_budgets,
+    "analyze-guidance": analyze_guidance,
+    "analyze-steps": analyze_steps,
+    "analyze-attention": analyze_attention,
+    "analyze-cost": analyze_cost,
     "info": info,
     "convert": convert_model,
     "prepare-convert": prepare_convert,

@@ -1,12 +1,21 @@
-"""What a forward costs: FLOPs and MACs (counted, on the ``meta`` device), parameters, latency."""
+"""What a forward costs: FLOPs and MACs (counted, on the ``meta`` device), parameters, latency, memory."""
 
 import statistics
 import time
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from elit.flow import Guidance, time_grid
+from elit.flow.guidance import weak_budget
+from elit.interface import Budget, budget_per_step
 from elit.models import Model
 from elit.models.registry import model_class_of
 
@@ -33,10 +42,38 @@ class Latency:
     high: float
 
 
+@dataclass(frozen=True)
+class BudgetCost:
+    """A budget beside full budget: one forward, FLOPs and MACs of a sample, time and memory of a batch.
+
+    Attributes:
+        latency_ms: median, and ``latency_ms_quartiles`` around it.
+        peak_memory: bytes, see :func:`measure_peak_memory`.
+        elastic_efficiency: ``latency_ratio / flops_ratio``: 1 when time falls as FLOPs do, above 1 when it falls less.
+    """
+
+    budget: float
+    num_latents: int
+    flops: int
+    macs: int
+    batch_size: int
+    latency_ms: float
+    latency_ms_quartiles: tuple[float, float]
+    peak_memory: int
+    flops_ratio: float
+    latency_ratio: float
+    elastic_efficiency: float
+
+
 def on_meta(config: object) -> Model:
     """A model without memory: shapes only."""
     with torch.device("meta"):
         return model_class_of(config)(config).requires_grad_(False)
+
+
+def shapes_of(model: Model) -> Model:
+    """The model on the ``meta`` device, where it is not there yet."""
+    return model if model.device.type == "meta" else on_meta(model.config)
 
 
 def count_parameters(model: Model) -> int:
@@ -46,7 +83,7 @@ def count_parameters(model: Model) -> int:
 
 def count_flops(model: Model, budget: float | None = None) -> Cost:
     """Of one sample: matrix products and attention, as PyTorch's counter sees them; no norms, no activations."""
-    meta = model if model.device.type == "meta" else on_meta(model.config)
+    meta = shapes_of(model)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         meta(*meta.example(1), meta.example_condition(1), budget=budget)
     return Cost(budget, meta.level(budget), counter.get_total_flops())
@@ -76,6 +113,90 @@ def measure_latency(
                 seconds[i].append(elapsed)
     quartiles = [statistics.quantiles(s, n=4, method="inclusive") for s in seconds]
     return [Latency(median, low, high) for low, median, high in quartiles]
+
+
+@torch.inference_mode()
+def measure_peak_memory(model: Model, budget: float | None, batch_size: int) -> int:
+    """Most bytes of tensors that a forward has at one time, beside the weights and its input.
+
+    On a GPU the allocator counts; elsewhere every operation is watched, which sees no scratch space inside of one.
+    """
+    x, t = model.example(batch_size)
+    y = model.example_condition(batch_size)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+        before = torch.cuda.memory_allocated(model.device)
+        model(x, t, y, budget=budget)
+        return torch.cuda.max_memory_allocated(model.device) - before
+    with _Allocations((*model.parameters(), *model.buffers(), *tree_leaves((x, t, y)))) as allocations:
+        model(x, t, y, budget=budget)
+    return allocations.peak
+
+
+class _Allocations(TorchDispatchMode):
+    """Bytes of the storages that operations make, while they live."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.alive = self.peak = 0
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()).data_ptr() not in self.known:
+                self.known.add(storage.data_ptr())
+                self.alive += storage.nbytes()
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self._free, storage.data_ptr(), storage.nbytes())
+        return out
+
+    def _free(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.alive -= size
+
+
+def measure_costs(model: Model, budgets: Sequence[float], batch_size: int, repeats: int = 20) -> list[BudgetCost]:
+    """Every budget beside the last one, which is to be the full one."""
+    latencies = measure_latency(model, list(budgets), batch_size, repeats)
+    flops = [count_flops(model, budget) for budget in budgets]
+    costs = []
+    for budget, cost, latency in zip(budgets, flops, latencies, strict=True):
+        of_flops, of_latency = cost.flops / flops[-1].flops, latency.median / latencies[-1].median
+        costs.append(
+            BudgetCost(
+                budget=budget,
+                num_latents=cost.num_latents,
+                flops=cost.flops,
+                macs=cost.macs,
+                batch_size=batch_size,
+                latency_ms=latency.median * 1e3,
+                latency_ms_quartiles=(latency.low * 1e3, latency.high * 1e3),
+                peak_memory=measure_peak_memory(model, budget, batch_size),
+                flops_ratio=of_flops,
+                latency_ratio=of_latency,
+                elastic_efficiency=of_latency / of_flops,
+            )
+        )
+    return costs
+
+
+def sampling_flops(model: Model, steps: int, budget: Budget | None = None, guidance: Guidance | None = None) -> int:
+    """FLOPs of one sample by ``euler``: all steps, with the weak term of guidance wherever it is on.
+
+    Raises:
+        ElitError: settings that :func:`elit.sample` refuses too.
+    """
+    meta = shapes_of(model)
+    times = time_grid("euler", steps)[:-1]
+    strong = budget_per_step(budget, times.tolist())
+    weak: list[float | None] = []
+    if guidance is not None:
+        of_weak = weak_budget(model, guidance)
+        both = zip(strong, guidance.active(times).tolist(), strict=True)
+        weak = [own if guidance.kind == "cfg" else of_weak for own, on in both if on]
+    flops = {each: count_flops(meta, each).flops for each in {*strong, *weak}}
+    return sum(flops[each] for each in strong + weak)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 
 mpl.use("Agg")
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from elit.atomic import atomic_file
 
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
-STYLES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (VERMILION, "D")]
+SKY, PURPLE = "#56B4E9", "#CC79A7"
+STYLES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (VERMILION, "D"), (SKY, "v"), (PURPLE, "P")]
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -44,9 +46,14 @@ def save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
+HALVES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+
+
 def _budget_axis(axes: Axes, budgets: Sequence[float]) -> None:
+    """Ticks at all of a few budgets, of many at the halves of full budget."""
+    shown = budgets if len(budgets) <= 6 else [b for b in budgets if b in HALVES]
     axes.set_xscale("log", base=2)
-    axes.set_xticks(list(budgets), [budget_label(b) for b in budgets])
+    axes.set_xticks(list(shown), [budget_label(b) for b in shown])
     axes.minorticks_off()
     axes.set_xlabel("budget (fraction of latents)")
 
@@ -59,7 +66,7 @@ def plot_cost(budgets: Sequence[float], series: Mapping[str, Sequence[float]]) -
         axes.plot(budgets, values, color=colour, marker=marker, label=name)
     _budget_axis(axes, budgets)
     axes.set_ylabel("cost of a forward, relative to full")
-    axes.set_ylim(0, 1.1)
+    axes.set_ylim(0, 1.1 * max(1, *(max(values) for values in series.values())))
     axes.legend(loc="lower right")
     return figure
 
@@ -77,10 +84,19 @@ def plot_loss(budgets: Sequence[float], excess: Sequence[float], errors: Sequenc
 
 @mpl.rc_context(STYLE)
 def plot_quality(
-    series: Mapping[str, Sequence[tuple[float, float]]], references: Mapping[str, float], ylabel: str
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    references: Mapping[str, float],
+    ylabel: str,
+    front: Sequence[tuple[float, float]] = (),
 ) -> Figure:
-    """Quality against cost: (GFLOPs per image, value) points per guidance, with horizontal references."""
+    """Quality against cost: (GFLOPs per image, value) points per series, with horizontal references.
+
+    Args:
+        front: points of the Pareto front, joined by a broad line.
+    """
     figure, axes = plt.subplots(figsize=(5, 3.4))
+    if front:
+        axes.plot(*zip(*front, strict=True), color=GREY, alpha=0.35, linewidth=7, label="Pareto front")
     for (name, points), (colour, marker) in zip(series.items(), STYLES, strict=False):
         cost, value = zip(*points, strict=True)
         axes.plot(cost, value, color=colour, marker=marker, label=name)
@@ -90,6 +106,38 @@ def plot_quality(
     axes.set_xlabel("cost of an image (GFLOPs, all sampling steps)")
     axes.set_ylabel(ylabel)
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def plot_scales(series: Mapping[str, Sequence[tuple[float, float]]], unguided: float, ylabel: str) -> Figure:
+    """A measure against the guidance scale: (scale, value) points per kind, and a line for no guidance."""
+    figure, axes = plt.subplots(figsize=(5, 3.4))
+    for (name, points), (colour, marker) in zip(series.items(), STYLES, strict=False):
+        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=name)
+    axes.axhline(unguided, color=GREY, linestyle="--", linewidth=1, label="no guidance")
+    axes.set_xlabel("guidance scale")
+    axes.set_ylabel(ylabel)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def plot_parts(budgets: Sequence[float], parts: Mapping[str, Sequence[float]], unit: str) -> Figure:
+    """Stacked bars: what each part of a forward costs at each budget."""
+    figure, axes = plt.subplots(figsize=(5, 3.4))
+    shades = dict(zip(parts, mpl.colormaps["cividis"](np.linspace(0, 1, len(parts))), strict=True))
+    bottom = np.zeros(len(budgets))
+    for name, values in parts.items():
+        axes.bar(range(len(budgets)), values, bottom=bottom, color=shades[name], label=name, edgecolor="white")
+        bottom += values
+    axes.set_xticks(range(len(budgets)), [budget_label(b) for b in budgets])
+    axes.set_xlabel("budget (fraction of latents)")
+    axes.set_ylabel(f"cost of a forward ({unit})")
+    axes.grid(axis="x", visible=False)
+    axes.set_axisbelow(True)
+    handles, names = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], names[::-1], fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -148,6 +196,38 @@ def plot_attention(
     bars.set_xticks(range(len(names)), names, fontsize=8)
     bars.set_ylabel("rank correlation with the loss", fontsize=9)
     bars.axhline(0, color="black", linewidth=0.8)
+    return figure
+
+
+@mpl.rc_context(STYLE | {"axes.grid": False})
+def plot_maps(rows: Sequence[tuple[str, Tensor, Sequence[Tensor]]], columns: Sequence[str]) -> Figure:
+    """An image (C, H, W) and maps (h, w) in each labelled row; each map has its own range, dark is low."""
+    figure, cells = plt.subplots(len(rows), len(columns), figsize=(len(columns), 1.02 * len(rows)), squeeze=False)
+    for (label, image, maps), line in zip(rows, cells, strict=True):
+        _show(line[0], image)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        for axes, values in zip(line[1:], maps, strict=True):
+            axes.imshow(values.numpy(), cmap="cividis")
+            axes.set_xticks([])
+            axes.set_yticks([])
+    for axes, heading in zip(cells[0], columns, strict=True):
+        axes.set_title(heading, fontsize=9)
+    figure.subplots_adjust(0, 0, 1, 1, wspace=0.05, hspace=0.05)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def plot_correlations(times: Sequence[float], series: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    """Rank correlations (mean, half-width of the interval) against the noise level."""
+    figure, axes = plt.subplots(figsize=(5, 3.4))
+    for (name, points), (colour, marker) in zip(series.items(), STYLES, strict=False):
+        means, widths = zip(*points, strict=True)
+        axes.errorbar(times, means, yerr=widths, color=colour, marker=marker, capsize=3, label=name)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_ylim(-1.05, 1.05)
+    axes.set_xlabel("noise level t (1 is noise)")
+    axes.set_ylabel("rank correlation")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     return figure
 
 

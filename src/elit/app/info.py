@@ -39,14 +39,24 @@ def info(model: str, resolution: int | None = None) -> None:
     Raises:
         ElitError: it is neither a name nor a model, or a resolution is given for a saved model.
     """
+    print_description(model, read_shapes(model, resolution))
+
+
+def read_shapes(model: str, resolution: int | None = None, fields: dict[str, Any] | None = None) -> Model:
+    """A model without weights, on the ``meta`` device.
+
+    Args:
+        resolution, fields: of a named model, pixels of a side and fields of its configuration to change.
+
+    Raises:
+        ElitError: it is neither a name nor a model, or either is given for a saved model.
+    """
     if is_name(model):
-        shapes = on_meta(config_for(model, resolution or 256))
-    elif resolution is not None:
-        raise ElitError(f"resolution is for named models; {model} has its own")
-    else:
-        path = resolve(model)
-        shapes = on_meta(recover_config(read(path)) if path.is_file() else read_config(path / CONFIG))
-    print_description(model, shapes)
+        return on_meta(config_for(model, resolution or 256, **(fields or {})))
+    if resolution is not None or fields:
+        raise ElitError(f"resolution and fields are for named models; {model} has its own")
+    path = resolve(model)
+    return on_meta(recover_config(read(path)) if path.is_file() else read_config(path / CONFIG))
 
 
 def print_description(title: str, model: Model) -> None:

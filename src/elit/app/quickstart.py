@@ -12,23 +12,14 @@ from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
-from elit.analysis import attention_maps, count_flops, count_parameters, measure_latency, rank_correlation
+from elit.analysis import Draws, Setting, correlate, count_parameters, mean_maps, measure_costs, sweep
 from elit.analysis.environment import environment
 from elit.app.train import show_progress
 from elit.atomic import atomic_file
 from elit.data import Data, digits
 from elit.errors import ElitError
-from elit.evaluation import (
-    Classifier,
-    Moments,
-    classify,
-    frechet_distance,
-    held_out_loss,
-    moments,
-    nearest_distance,
-    train_classifier,
-)
-from elit.flow import Guidance, sample
+from elit.evaluation import Classifier, Judge, losses_by_budget, nearest_distance, train_classifier
+from elit.flow import Guidance
 from elit.models import Model
 from elit.models.files import checkpoints, load
 from elit.seeding import generator
@@ -88,85 +79,13 @@ RECIPE = TrainConfig(
 # ------------------------------------------------------------------------------------------------ measuring
 
 
-def measure_costs(model: Model) -> list[dict[str, Any]]:
-    """FLOPs, MACs and latency of one forward, for every budget."""
-    latencies = measure_latency(model, list(BUDGETS), LATENCY_BATCH, repeats=30)
-    rows: list[dict[str, Any]] = []
-    for budget, latency in zip(BUDGETS, latencies, strict=True):
-        cost = count_flops(model, budget)
-        rows.append(
-            {
-                "budget": budget,
-                "num_latents": cost.num_latents,
-                "flops": cost.flops,
-                "macs": cost.macs,
-                "latency_ms": latency.median * 1e3,
-                "latency_ms_quartiles": [latency.low * 1e3, latency.high * 1e3],
-            }
-        )
-    full = rows[-1]
-    for row in rows:
-        row["flops_ratio"] = row["flops"] / full["flops"]
-        row["latency_ratio"] = row["latency_ms"] / full["latency_ms"]
-        row["elastic_efficiency"] = row["latency_ratio"] / row["flops_ratio"]
-    return rows
-
-
-def measure_loss(model: Model, held_out: Data, config: TrainConfig) -> list[dict[str, Any]]:
-    """Held-out loss at every budget, and its difference to full budget on the same noise, with standard errors."""
-    losses = [held_out_loss(model, held_out, budget, config.times, config.path, draws=2) for budget in BUDGETS]
-    rows = []
-    for budget, loss in zip(BUDGETS, losses, strict=True):
-        excess = loss - losses[-1]
-        rows.append(
-            {
-                "budget": budget,
-                "loss": loss.mean().item(),
-                "excess": excess.mean().item(),
-                "excess_standard_error": excess.std().item() / len(excess) ** 0.5,
-            }
-        )
-    return rows
-
-
-def draw_samples(model: Model, budget: float, guidance: Guidance | None, seed: int) -> Tensor:
-    """Images of all classes in turn, always from the same noise."""
-    labels = torch.arange(NUM_SAMPLES) % model.config.num_classes
-    seeds = range(seed * NUM_SAMPLES, (seed + 1) * NUM_SAMPLES)
-    return sample(
-        model, labels, seeds=seeds, steps=SAMPLING_STEPS, budget=budget, guidance=guidance, batch_size=250
-    ).cpu()
-
-
-def measure_quality(images: Tensor, classifier: Classifier, real: Moments) -> dict[str, float]:
-    """How many samples the classifier takes for what was asked, and how far their features are from real ones."""
-    predicted, features = classify(classifier, images)
-    labels = torch.arange(len(images)) % classifier.out.out_features
-    return {
-        "accuracy": (predicted == labels).float().mean().item(),
-        "frechet_distance": frechet_distance(moments(features), real),
-    }
-
-
-def measure_references(classifier: Classifier, real: Moments, train: Data, held_out: Data) -> dict[str, Any]:
-    """The same numbers for real images: as many training images, and held-out ones."""
+def measure_references(judge: Judge, train: Data, held_out: Data) -> dict[str, Any]:
+    """Quality of real images: as many training images as there are samples, and held-out ones."""
     references = {}
     for name, data in (("training images", train), ("held-out images", held_out)):
         chosen = torch.randperm(len(data), generator=generator("reference", name))[:NUM_SAMPLES]
-        images, labels = data.batch(chosen)
-        predicted, features = classify(classifier, images)
-        references[name] = {
-            "accuracy": (predicted == labels).float().mean().item(),
-            "frechet_distance": frechet_distance(moments(features), real),
-        }
+        references[name] = asdict(judge(*data.batch(chosen)))
     return references
-
-
-def sampling_flops(costs: list[dict[str, Any]], budget: float, guidance: Guidance | None) -> int:
-    """FLOPs of one image over all steps, the weak term of guidance included."""
-    of = {row["budget"]: row["flops"] for row in costs}
-    weak = 0 if guidance is None else of[guidance.budget or budget]
-    return SAMPLING_STEPS * (of[budget] + weak)
 
 
 def measure_copying(images: Tensor, train: Data, held_out: Data) -> dict[str, float]:
@@ -190,17 +109,11 @@ def measure_attention(model: Model, held_out: Data) -> tuple[dict[str, Any], tup
     """
     placements = len(held_out) // ATTENTION_IMAGES
     x, y = held_out.batch(torch.arange(ATTENTION_IMAGES) * placements + torch.arange(ATTENTION_IMAGES) % placements)
-    rng = generator("attention")
-    noises = torch.randn(ATTENTION_DRAWS, *x.shape, generator=rng)
-    maps = [attention_maps(model, x, y, ATTENTION_TIME, noise) for noise in noises]
-    attention = torch.stack([m.attention for m in maps]).mean(0)
-    loss = torch.stack([m.loss for m in maps]).mean(0)
-    result = {}
-    for name, shown in (("same image", attention), ("another image", attention.roll(1, 0))):
-        correlation = rank_correlation(shown.flatten(1), loss.flatten(1))
-        half_width = 1.96 * correlation.std().item() / len(correlation) ** 0.5
-        result[name] = {"mean": correlation.mean().item(), "half_width": half_width}
-    return result, (x, attention, loss)
+    noises = torch.randn(ATTENTION_DRAWS, *x.shape, generator=generator("attention"))
+    maps = mean_maps(model, x, y, ATTENTION_TIME, noises)
+    found = correlate(maps)
+    result = {"same image": asdict(found.same_image), "another image": asdict(found.another_image)}
+    return result, (x, maps.attention, maps.loss)
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -275,29 +188,27 @@ def quickstart(out: Path = Path("runs/quickstart"), minutes: float | None = None
 
 def measure(model: Model, config: TrainConfig, train: Data, held_out: Data) -> tuple[dict[str, Any], dict[str, Any]]:
     """Everything that the report shows: numbers, and the tensors of its pictures."""
-    classifier = train_classifier(train, config.seed)
-    real = moments(classify(classifier, train.batch(torch.arange(len(train)))[0])[1])
-    costs = measure_costs(model)
-    quality: dict[str, list[dict[str, Any]]] = {}
-    grids: dict[str, list[Tensor]] = {}
-    with tqdm(total=len(GUIDANCE) * len(BUDGETS), desc="sampling", unit="setting", dynamic_ncols=True) as bar:
-        for name, guidance in GUIDANCE.items():
-            quality[name], grids[name] = [], []
-            for budget in BUDGETS:
-                images = draw_samples(model, budget, guidance, config.seed)
-                flops = sampling_flops(costs, budget, guidance)
-                quality[name].append(
-                    {"budget": budget, "flops_per_image": flops, **measure_quality(images, classifier, real)}
-                )
-                grids[name].append(images[:GRID_CLASSES])
-                bar.update()
-    copying = measure_copying(images, train, held_out)
+    judge = Judge(train_classifier(train, config.seed), train)
+    draws = Draws(NUM_SAMPLES, config.seed * NUM_SAMPLES, shown=NUM_SAMPLES, batch_size=250)
+    settings = [Setting(SAMPLING_STEPS, budget, guidance) for guidance in GUIDANCE.values() for budget in BUDGETS]
+    quality: dict[str, list[dict[str, Any]]] = {name: [] for name in GUIDANCE}
+    grids: dict[str, list[Tensor]] = {name: [] for name in GUIDANCE}
+    names = [name for name in GUIDANCE for _ in BUDGETS]
+    points = tqdm(sweep(model, settings, draws, judge), "sampling", len(settings), unit="setting", dynamic_ncols=True)
+    for name, point in zip(names, points, strict=True):
+        assert point.quality is not None  # there is a judge
+        row = {"budget": point.setting.budget, "flops_per_image": point.flops, **asdict(point.quality)}
+        quality[name].append(row)
+        grids[name].append(point.images[:GRID_CLASSES])
+    copying = measure_copying(point.images, train, held_out)
     attention, maps = measure_attention(model, held_out)
     results = {
-        "costs": costs,
-        "held_out_loss": measure_loss(model, held_out, config),
+        "costs": [asdict(cost) for cost in measure_costs(model, BUDGETS, LATENCY_BATCH, repeats=30)],
+        "held_out_loss": [
+            asdict(each) for each in losses_by_budget(model, held_out, BUDGETS, config.times, config.path)
+        ],
         "quality": quality,
-        "references": measure_references(classifier, real, train, held_out),
+        "references": measure_references(judge, train, held_out),
         "copying": copying,
         "attention": attention,
         "protocol": {

@@ -4,24 +4,29 @@ from elit.evaluation.classifier import Classifier, classify, train_classifier
 from elit.evaluation.extractors import Extractor, open_extractor
 from elit.evaluation.features import Features
 from elit.evaluation.frechet import Moments, frechet_distance, moments
-from elit.evaluation.held_out import held_out_loss, nearest_distance
+from elit.evaluation.held_out import BudgetLoss, held_out_loss, losses_by_budget, nearest_distance
+from elit.evaluation.judge import Judge, Quality
 from elit.evaluation.metrics import inception_score, kernel_distance, precision_recall
 from elit.evaluation.scores import open_reference, save_reference, score
 from elit.evaluation.sources import Images, open_images
 from elit.evaluation.statistics import RunningMoments
 
 __all__ = [
+    "BudgetLoss",
     "Classifier",
     "Extractor",
     "Features",
     "Images",
+    "Judge",
     "Moments",
+    "Quality",
     "RunningMoments",
     "classify",
     "frechet_distance",
     "held_out_loss",
     "inception_score",
     "kernel_distance",
+    "losses_by_budget",
     "moments",
     "nearest_distance",
     "open_extractor",

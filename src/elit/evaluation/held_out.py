@@ -1,5 +1,7 @@
 """What held-out data say of a model, without sampling; and what samples say of memory."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -40,6 +42,33 @@ def held_out_loss(
             velocity = partial(model, y=labels, budget=budget)
             losses.append(flow_matching_loss(velocity, x, t, noise, path_named(path)).cpu())
     return torch.cat(losses)
+
+
+@dataclass(frozen=True)
+class BudgetLoss:
+    """Held-out loss at a budget.
+
+    Attributes:
+        excess: above that of full budget on the same noise, with its standard error.
+    """
+
+    budget: float
+    loss: float
+    excess: float
+    excess_standard_error: float
+
+
+def losses_by_budget(
+    model: Model, data: Data, budgets: Sequence[float], times: TimeDensity, path: str = "linear", draws: int = 2
+) -> list[BudgetLoss]:
+    """Held-out losses; the last budget is to be the full one."""
+    losses = [held_out_loss(model, data, budget, times, path, draws) for budget in budgets]
+    rows = []
+    for budget, loss in zip(budgets, losses, strict=True):
+        excess = loss - losses[-1]
+        error = excess.std().item() / len(excess) ** 0.5
+        rows.append(BudgetLoss(budget, loss.mean().item(), excess.mean().item(), error))
+    return rows
 
 
 def nearest_distance(images: Tensor, others: Tensor, batch_size: int = 500) -> Tensor:
