@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import elit
-from elit.analysis import count_flops, measure_latency
+from elit.analysis import measure_costs
 from elit.analysis.environment import environment
 from elit.analysis.plots import budget_label
 
@@ -42,17 +42,14 @@ def benchmark(
     """
     torch.manual_seed(0)
     net = elit.create(model, resolution).to(device, getattr(torch, dtype)).eval()
-    latencies = measure_latency(net, list(BUDGETS), batch_size, repeats)
-    flops = [count_flops(net, budget).flops for budget in BUDGETS]
     table = Table(
         "budget", "GFLOPs/image", "FLOPs ratio", "median (ms)", "quartiles (ms)", "latency ratio", "elastic efficiency"
     )
-    for budget, latency, count in zip(BUDGETS, latencies, flops, strict=True):
-        cost, time = count / flops[-1], latency.median / latencies[-1].median
-        quartiles = f"{latency.low * 1e3:.1f} to {latency.high * 1e3:.1f}"
+    for cost in measure_costs(net, BUDGETS, batch_size, repeats):
         table.add_row(
-            *(budget_label(budget), f"{count / 1e9:.2f}", f"{cost:.3f}", f"{latency.median * 1e3:.1f}", quartiles),
-            *(f"{time:.3f}", f"{time / cost:.3f}"),
+            *(budget_label(cost.budget), f"{cost.flops / 1e9:.2f}", f"{cost.flops_ratio:.3f}"),
+            *(f"{cost.latency_ms:.1f}", "{:.1f} to {:.1f}".format(*cost.latency_ms_quartiles)),
+            *(f"{cost.latency_ratio:.3f}", f"{cost.elastic_efficiency:.3f}"),
         )
     console = Console(width=120)
     name = torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"

@@ -116,6 +116,7 @@ def plot_scales(series: Mapping[str, Sequence[tuple[float, float]]], unguided: f
     for (name, points), (colour, marker) in zip(series.items(), STYLES, strict=False):
         axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=name)
     axes.axhline(unguided, color=GREY, linestyle="--", linewidth=1, label="no guidance")
+    axes.set_xticks(sorted({scale for points in series.values() for scale, _ in points}))
     axes.set_xlabel("guidance scale")
     axes.set_ylabel(ylabel)
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)

@@ -12,6 +12,7 @@ from elit.conditions import Condition, Text, map_condition
 from elit.errors import ElitError
 from elit.evaluation import Judge, Quality
 from elit.flow import Guidance, sample
+from elit.flow.solvers import check_steps
 from elit.models import Model
 
 
@@ -159,7 +160,14 @@ def equal_cost_settings(
 
     Returns:
         One group of about equal cost per number of steps.
+
+    Raises:
+        ElitError: no steps, or fewer than 1.
     """
+    if not steps:
+        raise ElitError("give at least one number of steps to compare budgets at")
+    for number in steps:
+        check_steps(number)
     meta = shapes_of(model)
     full = sampling_flops(meta, 1, None, guidance)
     relative = {budget: sampling_flops(meta, 1, budget, guidance) / full for budget in budgets}

@@ -108,13 +108,15 @@ def analyze_budgets(
         ElitError: a wrong option, or a model or data that are not there or do not fit.
     """
     settings, plots = dict(locals()), _plots()
+    if min(batch_sizes, default=0) < 1 or repeats < 1:
+        raise ElitError(f"batch_sizes and repeats must be at least 1, not {list(batch_sizes)} and {repeats}")
     subject = _open(model, data, autoencoder, device, threads)
     net, chosen = subject.model, _budgets(subject.model, budgets)
     guided = None if guidance == "none" else Guidance(guidance, guidance_scale, guidance_budget)
+    draws = _draws(subject, num_samples, seed, batch_size, path)
     costs = [measure_costs(net, chosen, size, repeats) for size in batch_sizes]
     times = TimeDensity()
     losses = losses_by_budget(net, subject.held_out, chosen, times, path) if subject.held_out else []
-    draws = _draws(subject, num_samples, seed, batch_size, path)
     points = _sweep(subject, [Setting(steps, budget, guided) for budget in chosen], draws)
 
     labels = [plots.budget_label(budget) for budget in chosen]
@@ -505,7 +507,7 @@ def _open(
         return Subject(net, held_out, None, {}, decoder)
     judge = Judge(train_classifier(train), train)
     chosen = torch.randperm(len(held_out), generator=generator("reference", "held-out images"))[:REFERENCES]
-    return Subject(net, held_out, judge, {"held-out images": judge(*held_out.batch(chosen))}, decoder)
+    return Subject(net, held_out, judge, {"held-out": judge(*held_out.batch(chosen))}, decoder)
 
 
 def _budgets(model: Model, given: Sequence[float] | None) -> list[float]:
@@ -560,6 +562,7 @@ def _print(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> No
     table = Table(*head, title=title, title_justify="left", title_style="bold")
     for column in table.columns:
         column.justify = "right"
+    table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(*row)
     Console(soft_wrap=True, highlight=False).print(table)
@@ -570,16 +573,16 @@ def _print_points(what: str, rows: list[tuple[str, SamplePoint]], references: di
     if not rows:
         return
     coloured, judged = rows[0][1].saturation is not None, rows[0][1].quality is not None
-    head = [what, "GFLOPs per step", "GFLOPs per image", "s per image"]
-    head += ["class accuracy", "Frechet distance"] if judged else []
-    head += ["HSL saturation"] if coloured else []
+    head = [what, "GFLOPs/step", "GFLOPs/image", "s/image"]
+    head += ["accuracy", "distance"] if judged else []
+    head += ["saturation"] if coloured else []
     lines = []
     for label, point in rows:
         line = [label, _short(point.flops_per_step / 1e9), _short(point.flops / 1e9), f"{point.seconds:.3g}"]
         line += _quality_cells(point.quality) + ([f"{point.saturation:.3f}"] if coloured else [])
         lines.append(line)
-    lines += [[f"real {name}", "", "", "", *_quality_cells(quality)] for name, quality in references.items()]
-    _print("samples from the same noise", head, lines)
+    lines += [[f"real, {name}", "", "", "", *_quality_cells(quality)] for name, quality in references.items()]
+    _print("samples from the same noise" + ", quality as a classifier of the real images sees it" * judged, head, lines)
 
 
 def _quality_cells(quality: Quality | None) -> list[str]:
