@@ -12,7 +12,7 @@ from conftest import TINY, randomize, tiny
 from elit import cli
 from elit.app import analyze as module
 from elit.evaluation import train_classifier
-from elit.models import MMDiT, MMDiTConfig
+from elit.models import DFM, DFMConfig, MMDiT, MMDiTConfig
 from elit.training import ModelChoice, TrainConfig, Trainer
 
 FEW = ("--num-samples", "12")
@@ -67,6 +67,15 @@ def test_budgets_without_data(run: str, tmp_path: Path) -> None:
     assert "accuracy" not in result["samples"][0]
     assert result["held_out_loss"] == []
     assert drawn(tmp_path) == {"budgets-cost", "budgets-samples"}
+
+
+def test_budgets_of_a_multi_scale_model(tmp_path: Path) -> None:
+    fields = TINY.__dict__ | {"input_size": 16, "patch_size": 4}
+    randomize(DFM(DFMConfig(**fields))).save_pretrained(tmp_path / "model")
+    options = ("--budgets", "[0.25]", "--batch-sizes", "[2]", "--repeats", "2", "--steps", "2")
+    result = analyze(tmp_path / "out", "budgets", "--model", str(tmp_path / "model"), *options)
+    assert [row["num_latents"] for row in result["costs"]] == [1, 4]
+    assert drawn(tmp_path / "out") == {"budgets-cost", "budgets-samples"}
 
 
 def test_guidance(run: str, tmp_path: Path) -> None:

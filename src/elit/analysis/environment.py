@@ -11,12 +11,13 @@ from elit import __version__
 
 
 def environment() -> dict[str, Any]:
-    """Date, versions and processor."""
+    """Date, versions, processor and GPU."""
     return {
         "date": date.today().isoformat(),
         "elit": __version__,
         "torch": torch.__version__,
         "processor": platform.processor() or platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }

@@ -43,7 +43,7 @@ from elit.errors import ElitError
 from elit.evaluation import Judge, Quality, losses_by_budget, train_classifier
 from elit.flow import Guidance, TimeDensity
 from elit.interface import check_budget
-from elit.models import Model
+from elit.models import DFM, Model
 from elit.models.files import load
 from elit.seeding import generator
 
@@ -111,12 +111,12 @@ def analyze_budgets(
     if min(batch_sizes, default=0) < 1 or repeats < 1:
         raise ElitError(f"batch_sizes and repeats must be at least 1, not {list(batch_sizes)} and {repeats}")
     subject = _open(model, data, autoencoder, device, threads)
-    net, chosen = subject.model, _budgets(subject.model, budgets)
+    net, held_out, chosen = subject.model, subject.held_out, _budgets(subject.model, budgets)
     guided = None if guidance == "none" else Guidance(guidance, guidance_scale, guidance_budget)
     draws = _draws(subject, num_samples, seed, batch_size, path)
     costs = [measure_costs(net, chosen, size, repeats) for size in batch_sizes]
-    times = TimeDensity()
-    losses = losses_by_budget(net, subject.held_out, chosen, times, path) if subject.held_out else []
+    of_one_time = not isinstance(net, DFM)
+    losses = losses_by_budget(net, held_out, chosen, TimeDensity(), path) if held_out and of_one_time else []
     points = _sweep(subject, [Setting(steps, budget, guided) for budget in chosen], draws)
 
     labels = [plots.budget_label(budget) for budget in chosen]
@@ -237,7 +237,7 @@ def analyze_guidance(
             series.setdefault(KINDS[point.setting.guidance.kind], []).append((point.setting.guidance.scale, row[name]))
         plots.save(plots.plot_scales(series, _row(unguided)[name], title), out / f"guidance-{name.replace('_', '-')}")
     _save_grid(plots, out, "guidance", points, labels)
-    best = min(points, key=lambda p: p.quality.frechet_distance) if subject.judge else guided[-1]
+    best = min(points, key=lambda p: _distance_at_cost(p)[1]) if subject.judge else guided[-1]
     return _finish(
         out / "guidance.json",
         settings,
@@ -360,8 +360,7 @@ def analyze_attention(
     subject = _open(model, data, autoencoder, device, threads, judged=False)
     net, held_out = subject.model, subject.held_out
     assert held_out is not None
-    images = min(images, len(held_out))
-    x, y = held_out.batch(torch.arange(images) * (len(held_out) // images))
+    x, y = held_out.batch(_evenly(held_out, images))
     condition = net.as_condition(y) if net.conditional else None
     noises = torch.randn(draws, *x.shape, generator=generator(seed, "attention"))
     x, noises = x.to(net.device, net.dtype), noises.to(net.device, net.dtype)
@@ -369,7 +368,7 @@ def analyze_attention(
     found = [correlate(each) for each in maps]
 
     _print(
-        f"rank correlations within an image, mean over {images} images and 95 % interval",
+        f"rank correlations within an image, mean over {len(x)} images and 95 % interval",
         ("noise level", "attention and loss", "control: another image's attention", "index and entropy of a latent"),
         [(f"{t:g}", *("-" if c is None else f"{c.mean:.2f} ± {c.half_width:.2f}" for c in _intervals(each)))
          for t, each in zip(times, found, strict=True)],
@@ -510,6 +509,12 @@ def _open(
     return Subject(net, held_out, judge, {"held-out": judge(*held_out.batch(chosen))}, decoder)
 
 
+def _evenly(data: Data, count: int) -> Tensor:
+    """Indices of so many samples, spread over all of them: neighbours may be much alike."""
+    count = min(count, len(data))
+    return torch.arange(count) * (len(data) // count)
+
+
 def _budgets(model: Model, given: Sequence[float] | None) -> list[float]:
     """Ascending, with full budget last; default every level."""
     if not model.levels:
@@ -531,7 +536,7 @@ def _draws(
         raise ElitError(f"num_samples and batch_size must be at least {SHOWN} and 1, not {count} and {batch_size}")
     text = None
     if subject.held_out is not None:
-        _, condition = subject.held_out.batch(torch.arange(min(SHOWN, len(subject.held_out))))
+        _, condition = subject.held_out.batch(_evenly(subject.held_out, SHOWN))
         text = condition if isinstance(condition, Text) else None
     told = text is not None or not subject.model.conditional or bool(subject.model.config.num_classes)
     if not (told and (subject.judge or subject.shows)):
