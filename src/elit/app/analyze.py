@@ -340,7 +340,7 @@ def analyze_attention(
         out: folder of attention.json and figures.
         times: noise levels; noise is 1, data is 0.
         budget: fraction of the latents; default all.
-        images: held-out images, evenly from all of them; intervals are over these.
+        images: held-out images, drawn from all of them; intervals are over these.
         draws: of noise for each image, averaged.
         path: the path that the model was trained on.
         autoencoder: a diffusers autoencoder that decodes the pictures of a model on latents.
@@ -360,7 +360,7 @@ def analyze_attention(
     subject = _open(model, data, autoencoder, device, threads, judged=False)
     net, held_out = subject.model, subject.held_out
     assert held_out is not None
-    x, y = held_out.batch(_evenly(held_out, images))
+    x, y = held_out.batch(_some(held_out, images))
     condition = net.as_condition(y) if net.conditional else None
     noises = torch.randn(draws, *x.shape, generator=generator(seed, "attention"))
     x, noises = x.to(net.device, net.dtype), noises.to(net.device, net.dtype)
@@ -505,14 +505,13 @@ def _open(
     if not (judged and net.config.num_classes):
         return Subject(net, held_out, None, {}, decoder)
     judge = Judge(train_classifier(train), train)
-    chosen = torch.randperm(len(held_out), generator=generator("reference", "held-out images"))[:REFERENCES]
-    return Subject(net, held_out, judge, {"held-out": judge(*held_out.batch(chosen))}, decoder)
+    real = judge(*held_out.batch(_some(held_out, REFERENCES)))
+    return Subject(net, held_out, judge, {"held-out": real}, decoder)
 
 
-def _evenly(data: Data, count: int) -> Tensor:
-    """Indices of so many samples, spread over all of them: neighbours may be much alike."""
-    count = min(count, len(data))
-    return torch.arange(count) * (len(data) // count)
+def _some(data: Data, count: int) -> Tensor:
+    """Indices of so many samples, drawn once and for all: neighbours in a data set may be much alike."""
+    return torch.randperm(len(data), generator=generator("reference", "held-out images"))[:count]
 
 
 def _budgets(model: Model, given: Sequence[float] | None) -> list[float]:
@@ -536,7 +535,7 @@ def _draws(
         raise ElitError(f"num_samples and batch_size must be at least {SHOWN} and 1, not {count} and {batch_size}")
     text = None
     if subject.held_out is not None:
-        _, condition = subject.held_out.batch(_evenly(subject.held_out, SHOWN))
+        _, condition = subject.held_out.batch(_some(subject.held_out, SHOWN))
         text = condition if isinstance(condition, Text) else None
     told = text is not None or not subject.model.conditional or bool(subject.model.config.num_classes)
     if not (told and (subject.judge or subject.shows)):
