@@ -10,7 +10,7 @@ from PIL import Image
 
 from conftest import TINY, randomize, tiny
 from elit import cli
-from elit.app import analyze as module
+from elit.app import subject
 from elit.evaluation import train_classifier
 from elit.models import DFM, DFMConfig, MMDiT, MMDiTConfig
 from elit.training import ModelChoice, TrainConfig, Trainer
@@ -20,7 +20,7 @@ FEW = ("--num-samples", "12")
 
 @pytest.fixture(autouse=True)
 def _quick_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "train_classifier", lambda data: train_classifier(data, steps=20))
+    monkeypatch.setattr(subject, "train_classifier", lambda data: train_classifier(data, steps=20))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Figures. Colours are those of Okabe & Ito, for colour-blind readers; markers differ, for grey prints."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def _budget_axis(axes: Axes, budgets: Sequence[float]) -> None:
 def plot_cost(budgets: Sequence[float], series: Mapping[str, Sequence[float]]) -> Figure:
     """Cost relative to full budget, one line per measure."""
     figure, axes = plt.subplots(figsize=(5, 3.4))
-    for (name, values), (colour, marker) in zip(series.items(), STYLES, strict=False):
+    for (name, values), (colour, marker) in zip(series.items(), cycle(STYLES), strict=False):
         axes.plot(budgets, values, color=colour, marker=marker, label=name)
     _budget_axis(axes, budgets)
     axes.set_ylabel("cost of a forward, relative to full")
@@ -99,7 +100,7 @@ def plot_quality(
     figure, axes = plt.subplots(figsize=(5, 3.4))
     if front:
         axes.plot(*zip(*front, strict=True), color=GREY, alpha=0.35, linewidth=7, label="Pareto front")
-    for (name, points), (colour, marker) in zip(series.items(), STYLES, strict=False):
+    for (name, points), (colour, marker) in zip(series.items(), cycle(STYLES), strict=False):
         cost, value = zip(*points, strict=True)
         axes.plot(cost, value, color=colour, marker=marker, label=name)
     for (name, level), dash in zip(references.items(), ("--", ":"), strict=False):
@@ -115,7 +116,7 @@ def plot_quality(
 def plot_scales(series: Mapping[str, Sequence[tuple[float, float]]], unguided: float, ylabel: str) -> Figure:
     """A measure against the guidance scale: (scale, value) points per kind, and a line for no guidance."""
     figure, axes = plt.subplots(figsize=(5, 3.4))
-    for (name, points), (colour, marker) in zip(series.items(), STYLES, strict=False):
+    for (name, points), (colour, marker) in zip(series.items(), cycle(STYLES), strict=False):
         axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=name)
     axes.axhline(unguided, color=GREY, linestyle="--", linewidth=1, label="no guidance")
     axes.set_xticks(sorted({scale for points in series.values() for scale, _ in points}))
@@ -226,7 +227,7 @@ def plot_maps(rows: Sequence[tuple[str, Tensor, Sequence[Tensor]]], columns: Seq
 def plot_correlations(times: Sequence[float], series: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     """Rank correlations (mean, half-width of the interval) against the noise level."""
     figure, axes = plt.subplots(figsize=(5, 3.4))
-    for (name, points), (colour, marker) in zip(series.items(), STYLES, strict=False):
+    for (name, points), (colour, marker) in zip(series.items(), cycle(STYLES), strict=False):
         means, widths = zip(*points, strict=True)
         axes.errorbar(times, means, yerr=widths, color=colour, marker=marker, capsize=3, label=name)
     axes.axhline(0, color="black", linewidth=0.8)
