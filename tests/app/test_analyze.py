@@ -10,7 +10,7 @@ from PIL import Image
 
 from conftest import TINY, randomize, tiny
 from elit import cli
-from elit.app import analyze as module
+from elit.app import subject
 from elit.evaluation import train_classifier
 from elit.models import DFM, DFMConfig, MMDiT, MMDiTConfig
 from elit.training import ModelChoice, TrainConfig, Trainer
@@ -20,7 +20,7 @@ FEW = ("--num-samples", "12")
 
 @pytest.fixture(autouse=True)
 def _quick_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "train_classifier", lambda data: train_classifier(data, steps=20))
+    monkeypatch.setattr(subject, "train_classifier", lambda data: train_classifier(data, steps=20))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def drawn(out: Path) -> set[str]:
 
 
 def test_budgets(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--batch-sizes", "[1,3]", "--repeats", "3", "--steps", "2", "--threads", "1")
+    options = ("--batch-sizes", "[1,3]", "--repeats", "2", "--steps", "2", "--threads", "1")
     result = analyze(tmp_path, "budgets", "--model", run, "--data", "digits8", *FEW, *options)
     every = [0.25, 0.5, 0.75, 1.0]
     assert [(row["batch_size"], row["budget"]) for row in result["costs"]] == [(n, b) for n in (1, 3) for b in every]

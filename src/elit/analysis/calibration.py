@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elit.analysis.cost import sampling_flops, shapes_of, synchronize
+from elit.analysis.cost import sampling_flops, synchronize
 from elit.analysis.environment import environment
 from elit.atomic import atomic_file
 from elit.conditions import Condition, map_condition
@@ -168,11 +168,9 @@ def calibrate(
     counts, step_errors = probe.step_errors()
     clock = _Clock(model, labels, batch_size)
     seconds, by_option = clock.measure(options, levels)
-    shapes = shapes_of(model)
-
-    def flops(option: Guidance | None) -> list[int]:
+        def flops(option: Guidance | None) -> list[int]:
         guided = _always(option)
-        return [sampling_flops(shapes, 1, level / model.num_latents, guided) for level in levels]
+        return [sampling_flops(model, 1, level / model.num_latents, guided) for level in levels]
 
     return Calibration(
         levels=list(levels),

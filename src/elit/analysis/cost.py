@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from elit.analysis.formula import closed_form
 from elit.flow import Guidance, time_grid
 from elit.flow.guidance import weak_budget
 from elit.interface import Budget, budget_per_step
@@ -72,11 +73,6 @@ def on_meta(config: object) -> Model:
         return model_class_of(config)(config).requires_grad_(False)
 
 
-def shapes_of(model: Model) -> Model:
-    """The model on the ``meta`` device, where it is not there yet."""
-    return model if model.device.type == "meta" else on_meta(model.config)
-
-
 def count_parameters(model: Model) -> int:
     """All parameters, a frozen position table included."""
     return sum(p.numel() for p in model.parameters())
@@ -84,7 +80,7 @@ def count_parameters(model: Model) -> int:
 
 def count_flops(model: Model, budget: float | None = None) -> Cost:
     """Of one sample: matrix products and attention, as PyTorch's counter sees them; no norms, no activations."""
-    meta = shapes_of(model)
+    meta = model if model.device.type == "meta" else on_meta(model.config)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         meta(*meta.example(1), meta.example_condition(1), budget=budget)
     return Cost(budget, meta.level(budget), counter.get_total_flops())
@@ -161,7 +157,8 @@ class _Allocations(TorchDispatchMode):
 def measure_costs(model: Model, budgets: Sequence[float], batch_size: int, repeats: int = 20) -> list[BudgetCost]:
     """Every budget beside the last one, which is to be the full one."""
     latencies = measure_latency(model, list(budgets), batch_size, repeats)
-    flops = [count_flops(model, budget) for budget in budgets]
+    meta = on_meta(model.config)
+    flops = [count_flops(meta, budget) for budget in budgets]
     costs = []
     for budget, cost, latency in zip(budgets, flops, latencies, strict=True):
         of_flops, of_latency = cost.flops / flops[-1].flops, latency.median / latencies[-1].median
@@ -184,12 +181,11 @@ def measure_costs(model: Model, budgets: Sequence[float], batch_size: int, repea
 
 
 def sampling_flops(model: Model, steps: int, budget: Budget | None = None, guidance: Guidance | None = None) -> int:
-    """FLOPs of one sample by ``euler``: all steps, with the weak term of guidance wherever it is on.
+    """FLOPs of one sample by ``euler``, in closed form: all steps, with the weak term of guidance wherever it is on.
 
     Raises:
         ElitError: settings that :func:`elit.sample` refuses too.
     """
-    meta = shapes_of(model)
     times = time_grid("euler", steps)[:-1]
     strong = budget_per_step(budget, times.tolist())
     weak: list[float | None] = []
@@ -197,8 +193,8 @@ def sampling_flops(model: Model, steps: int, budget: Budget | None = None, guida
         of_weak = weak_budget(model, guidance)
         both = zip(strong, guidance.active(times).tolist(), strict=True)
         weak = [own if guidance.kind == "cfg" else of_weak for own, on in both if on]
-    flops = {each: count_flops(meta, each).flops for each in {*strong, *weak}}
-    return sum(flops[each] for each in strong + weak)
+    macs = {each: sum(part.macs for part in closed_form(model.config, model.level(each))) for each in {*strong, *weak}}
+    return 2 * sum(macs[each] for each in strong + weak)
 
 
 def synchronize(device: torch.device) -> None:

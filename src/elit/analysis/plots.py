@@ -1,6 +1,7 @@
 """Figures. Colours are those of Okabe & Ito, for colour-blind readers; markers differ, for grey prints."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,12 @@ def _budget_axis(axes: Axes, budgets: Sequence[float]) -> None:
 def plot_cost(budgets: Sequence[float], series: Mapping[str, Sequence[float]]) -> Figure:
     """Cost relative to full budget, one line per measure."""
     figure, axes = plt.subplots(figsize=(5, 3.4))
-    for (name, values), (colour, marker) in zip(series.items(), STYLES, strict=False):
+    for (name, values), (colour, marker) in zip(series.items(), cycle(STYLES), strict=False):
         axes.plot(budgets, values, color=colour, marker=marker, label=name)
     _budget_axis(axes, budgets)
     axes.set_ylabel("cost of a forward, relative to full")
     axes.set_ylim(0, 1.1 * max(1, *(max(values) for values in series.values())))
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")  # costs rise with the budget
     return figure
 
 
@@ -99,7 +100,7 @@ def plot_quality(
     figure, axes = plt.subplots(figsize=(5, 3.4))
     if front:
         axes.plot(*zip(*front, strict=True), color=GREY, alpha=0.35, linewidth=7, label="Pareto front")
-    for (name, points), (colour, marker) in zip(series.items(), STYLES, strict=False):
+    for (name, points), (colour, marker) in zip(series.items(), cycle(STYLES), strict=False):
         cost, value = zip(*points, strict=True)
         axes.plot(cost, value, color=colour, marker=marker, label=name)
     for (name, level), dash in zip(references.items(), ("--", ":"), strict=False):
@@ -115,7 +116,7 @@ def plot_quality(
 def plot_scales(series: Mapping[str, Sequence[tuple[float, float]]], unguided: float, ylabel: str) -> Figure:
     """A measure against the guidance scale: (scale, value) points per kind, and a line for no guidance."""
     figure, axes = plt.subplots(figsize=(5, 3.4))
-    for (name, points), (colour, marker) in zip(series.items(), STYLES, strict=False):
+    for (name, points), (colour, marker) in zip(series.items(), cycle(STYLES), strict=False):
         axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=name)
     axes.axhline(unguided, color=GREY, linestyle="--", linewidth=1, label="no guidance")
     axes.set_xticks(sorted({scale for points in series.values() for scale, _ in points}))
@@ -226,7 +227,7 @@ def plot_maps(rows: Sequence[tuple[str, Tensor, Sequence[Tensor]]], columns: Seq
 def plot_correlations(times: Sequence[float], series: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     """Rank correlations (mean, half-width of the interval) against the noise level."""
     figure, axes = plt.subplots(figsize=(5, 3.4))
-    for (name, points), (colour, marker) in zip(series.items(), STYLES, strict=False):
+    for (name, points), (colour, marker) in zip(series.items(), cycle(STYLES), strict=False):
         means, widths = zip(*points, strict=True)
         axes.errorbar(times, means, yerr=widths, color=colour, marker=marker, capsize=3, label=name)
     axes.axhline(0, color="black", linewidth=0.8)
@@ -237,31 +238,26 @@ def plot_correlations(times: Sequence[float], series: Mapping[str, Sequence[tupl
     return figure
 
 
-def _show(axes: Axes, image: Tensor) -> None:
-    pixels = (image.clamp(-1, 1) + 1) / 2
-    axes.imshow(pixels.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
 @mpl.rc_context(STYLE)
 def plot_plan(schedules: Mapping[str, Sequence[float]]) -> Figure:
     """Budgets of equal steps from noise to data, one staircase per schedule."""
     figure, axes = plt.subplots(figsize=(5.5, 3.4))
     for (name, budgets), (colour, _), dash in zip(schedules.items(), STYLES, ("-", "--", ":", "-."), strict=False):
         times = [1 - step / len(budgets) for step in range(len(budgets) + 1)]
+        label = f"{name}: {len(budgets)} steps"
         axes.stairs(
-            list(budgets)[::-1],
-            times[::-1],
-            baseline=None,
-            color=colour,
-            linestyle=dash,
-            linewidth=1.8,
-            label=f"{name}: {len(budgets)} steps",
+            list(budgets)[::-1], times[::-1], baseline=None, color=colour, linestyle=dash, linewidth=1.8, label=label
         )
     axes.set_xlim(1, 0)
     axes.set_ylim(0, 1.05)
     axes.set_xlabel("noise level t (1 is noise, 0 is data)")
     axes.set_ylabel("budget (fraction of latents)")
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=1)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     return figure
+
+
+def _show(axes: Axes, image: Tensor) -> None:
+    pixels = (image.clamp(-1, 1) + 1) / 2
+    axes.imshow(pixels.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.set_xticks([])
+    axes.set_yticks([])

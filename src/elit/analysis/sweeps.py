@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from elit.analysis.cost import sampling_flops, shapes_of
+from elit.analysis.cost import sampling_flops
 from elit.conditions import Condition, Text, map_condition
 from elit.errors import ElitError
 from elit.evaluation import Judge, Quality
@@ -168,9 +168,8 @@ def equal_cost_settings(
         raise ElitError("give at least one number of steps to compare budgets at")
     for number in steps:
         check_steps(number)
-    meta = shapes_of(model)
-    full = sampling_flops(meta, 1, None, guidance)
-    relative = {budget: sampling_flops(meta, 1, budget, guidance) / full for budget in budgets}
+    full = sampling_flops(model, 1, None, guidance)
+    relative = {budget: sampling_flops(model, 1, budget, guidance) / full for budget in budgets}
     return [[Setting(max(1, round(n / relative[b])), b, guidance) for b in budgets] for n in steps]
 
 

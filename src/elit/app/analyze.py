@@ -1,12 +1,11 @@
 """`elit analyze`: what budgets cost and what they buy, as tables, JSON and figures."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -32,24 +31,17 @@ from elit.analysis import (
     sweep,
 )
 from elit.analysis.environment import environment
-from elit.app.info import SHOWN_BUDGETS, read_shapes
-from elit.app.processes import this_process
+from elit.app.info import read_shapes
 from elit.app.sample import PIXELS
+from elit.app.subject import Subject, budgets_of, draws_for, halves_of, open_subject, some_of
 from elit.atomic import atomic_file
-from elit.conditions import Text
-from elit.data import Data, open_data
-from elit.data.autoencoder import decode, load_autoencoder
 from elit.errors import ElitError
-from elit.evaluation import Judge, Quality, losses_by_budget, train_classifier
+from elit.evaluation import Quality, losses_by_budget
 from elit.flow import Guidance, TimeDensity
-from elit.interface import check_budget
-from elit.models import DFM, Model
-from elit.models.files import load
+from elit.models import DFM
 from elit.seeding import generator
 
 OUT = Path("runs/analysis")
-SHOWN = 10  # images in a row of a grid
-REFERENCES = 1000  # real images that are judged beside samples
 CLOSE = 1.1  # a setting whose distance is at most this times the best one is recommended for its cost
 KINDS = {"cfg": "CFG", "ag": "AG", "ccfg": "CCFG"}
 QUALITY = {"frechet_distance": "Frechet distance (lower is better)", "accuracy": "class accuracy"}
@@ -110,13 +102,14 @@ def analyze_budgets(
     settings, plots = dict(locals()), _plots()
     if min(batch_sizes, default=0) < 1 or repeats < 1:
         raise ElitError(f"batch_sizes and repeats must be at least 1, not {list(batch_sizes)} and {repeats}")
-    subject = _open(model, data, autoencoder, device, threads)
-    net, held_out, chosen = subject.model, subject.held_out, _budgets(subject.model, budgets)
+    subject = open_subject(model, data, autoencoder, device, threads)
+    net, held_out, chosen = subject.model, subject.held_out, budgets_of(subject.model, budgets)
     guided = None if guidance == "none" else Guidance(guidance, guidance_scale, guidance_budget)
-    draws = _draws(subject, num_samples, seed, batch_size, path)
+    draws = draws_for(subject, num_samples, seed, batch_size, path)
     costs = [measure_costs(net, chosen, size, repeats) for size in batch_sizes]
-    of_one_time = not isinstance(net, DFM)
-    losses = losses_by_budget(net, held_out, chosen, TimeDensity(), path) if held_out and of_one_time else []
+    losses = []
+    if held_out is not None and not isinstance(net, DFM):  # its loss has no one time
+        losses = losses_by_budget(net, held_out, chosen, TimeDensity(), path)
     points = _sweep(subject, [Setting(steps, budget, guided) for budget in chosen], draws)
 
     labels = [plots.budget_label(budget) for budget in chosen]
@@ -216,13 +209,13 @@ def analyze_guidance(
         ElitError: a wrong option, or a model or data that are not there or do not fit.
     """
     settings, plots = dict(locals()), _plots()
-    subject = _open(model, data, autoencoder, device, threads)
+    subject = open_subject(model, data, autoencoder, device, threads)
     if not (subject.judge or subject.shows):
         raise ElitError(
             f"nothing can be said of samples of {model}: give --data for quality, or --autoencoder to see them"
         )
     sweep_settings = guidance_settings(subject.model, scales, steps, budget, guidance_budget)
-    draws = _draws(subject, num_samples, seed, batch_size, path, all_of_them=subject.is_rgb)
+    draws = draws_for(subject, num_samples, seed, batch_size, path, all_of_them=subject.is_rgb)
     points = _sweep(subject, sweep_settings, draws)
     unguided, *guided = points
     labels = ["no guidance", *(f"{KINDS[g.kind]} {g.scale:g}" for p in guided if (g := p.setting.guidance))]
@@ -290,13 +283,13 @@ def analyze_steps(
         ElitError: a wrong option, or a model or data that are not there or do not fit.
     """
     settings, plots = dict(locals()), _plots()
-    subject = _open(model, data, autoencoder, device, threads)
+    subject = open_subject(model, data, autoencoder, device, threads)
     if subject.judge is None:
         raise ElitError(f"{data} has no classes, and without a classifier there is no quality to compare steps by")
     guided = None if guidance == "none" else Guidance(guidance, guidance_scale, guidance_budget)
-    chosen = _budgets(subject.model, budgets or _halves(subject.model))
+    chosen = budgets_of(subject.model, budgets or halves_of(subject.model))
     groups = equal_cost_settings(subject.model, steps, chosen, guided)
-    draws = _draws(subject, num_samples, seed, batch_size, path)
+    draws = draws_for(subject, num_samples, seed, batch_size, path)
     points = _sweep(subject, [setting for group in groups for setting in group], draws)
 
     labels = [f"{plots.budget_label(p.setting.budget)}, {p.setting.steps} steps" for p in points]
@@ -340,7 +333,7 @@ def analyze_attention(
         out: folder of attention.json and figures.
         times: noise levels; noise is 1, data is 0.
         budget: fraction of the latents; default all.
-        images: held-out images, evenly from all of them; intervals are over these.
+        images: held-out images, drawn from all of them; intervals are over these.
         draws: of noise for each image, averaged.
         path: the path that the model was trained on.
         autoencoder: a diffusers autoencoder that decodes the pictures of a model on latents.
@@ -357,10 +350,10 @@ def analyze_attention(
     settings, plots = dict(locals()), _plots()
     if images < 2 or draws < 1 or not times or not all(0 < t < 1 for t in times):
         raise ElitError("attention needs at least 2 images, 1 draw, and times between 0 and 1")
-    subject = _open(model, data, autoencoder, device, threads, judged=False)
+    subject = open_subject(model, data, autoencoder, device, threads, judged=False)
     net, held_out = subject.model, subject.held_out
     assert held_out is not None
-    x, y = held_out.batch(_evenly(held_out, images))
+    x, y = held_out.batch(some_of(held_out, images))
     condition = net.as_condition(y) if net.conditional else None
     noises = torch.randn(draws, *x.shape, generator=generator(seed, "attention"))
     x, noises = x.to(net.device, net.dtype), noises.to(net.device, net.dtype)
@@ -415,7 +408,7 @@ def analyze_cost(
     """
     settings, plots = dict(locals()), _plots()
     shapes = read_shapes(model, resolution, fields)
-    chosen = _budgets(shapes, budgets or _halves(shapes))
+    chosen = budgets_of(shapes, budgets or halves_of(shapes))
     counted = [count_flops(shapes, budget) for budget in chosen]
     parts = [closed_form(shapes.config, cost.num_latents) for cost in counted]
     totals = [2 * sum(part.macs for part in each) for each in parts]
@@ -457,92 +450,7 @@ def analyze_cost(
     )
 
 
-# ------------------------------------------------------------------------------------------------ what is analysed
-
-
-class Subject(NamedTuple):
-    """A model, and what can be said of its samples.
-
-    Attributes:
-        held_out: held-out data.
-        judge: of samples; None without labelled data.
-        references: quality of real images.
-        decode: latents to images; None for models on pixels.
-    """
-
-    model: Model
-    held_out: Data | None
-    judge: Judge | None
-    references: dict[str, Quality]
-    decode: Callable[[Tensor], Tensor] | None
-
-    @property
-    def shows(self) -> bool:
-        """Whether its samples can be shown as pictures."""
-        channels, *size = self.model.input_shape()
-        return len(size) == 2 and (self.decode is not None or channels in PIXELS)
-
-    @property
-    def is_rgb(self) -> bool:
-        return self.shows and (self.decode is not None or self.model.config.in_channels == 3)
-
-
-def _open(
-    model: str, data: str | None, autoencoder: str | None, device: str, threads: int | None, judged: bool = True
-) -> Subject:
-    process = this_process(device, threads or torch.get_num_threads())
-    net = load(model, device=str(process.device))
-    decoder = (
-        partial(decode, autoencoder=load_autoencoder(autoencoder, net.config.in_channels)) if autoencoder else None
-    )
-    if data is None:
-        return Subject(net, None, None, {}, decoder)
-    train, held_out = open_data(data), open_data(data, held_out=True)
-    if tuple(train.shape) != net.input_shape():
-        raise ElitError(f"{data} has samples of shape {tuple(train.shape)}; the model makes {net.input_shape()}")
-    if net.config.num_classes not in (0, train.num_classes):
-        raise ElitError(f"{data} has {train.num_classes} classes; the model knows {net.config.num_classes}")
-    if not (judged and net.config.num_classes):
-        return Subject(net, held_out, None, {}, decoder)
-    judge = Judge(train_classifier(train), train)
-    chosen = torch.randperm(len(held_out), generator=generator("reference", "held-out images"))[:REFERENCES]
-    return Subject(net, held_out, judge, {"held-out": judge(*held_out.batch(chosen))}, decoder)
-
-
-def _evenly(data: Data, count: int) -> Tensor:
-    """Indices of so many samples, spread over all of them: neighbours may be much alike."""
-    count = min(count, len(data))
-    return torch.arange(count) * (len(data) // count)
-
-
-def _budgets(model: Model, given: Sequence[float] | None) -> list[float]:
-    """Ascending, with full budget last; default every level."""
-    if not model.levels:
-        return [1.0]
-    every = [level / model.num_latents for level in model.levels]
-    return sorted({1.0, *(every if given is None else (check_budget(budget) for budget in given))})
-
-
-def _halves(model: Model) -> list[float]:
-    """Full budget halved, as far as levels go."""
-    return [b for b in SHOWN_BUDGETS if not model.levels or b * model.num_latents >= model.levels[0]]
-
-
-def _draws(
-    subject: Subject, count: int, seed: int, batch_size: int, path: str, all_of_them: bool = False
-) -> Draws | None:
-    """What to sample: for pictures alone only a few; None where nothing could be said of samples."""
-    if count < SHOWN or batch_size < 1:
-        raise ElitError(f"num_samples and batch_size must be at least {SHOWN} and 1, not {count} and {batch_size}")
-    text = None
-    if subject.held_out is not None:
-        _, condition = subject.held_out.batch(_evenly(subject.held_out, SHOWN))
-        text = condition if isinstance(condition, Text) else None
-    told = text is not None or not subject.model.conditional or bool(subject.model.config.num_classes)
-    if not (told and (subject.judge or subject.shows)):
-        return None
-    few = not (subject.judge or all_of_them)
-    return Draws(SHOWN if few else count, seed, text, SHOWN, batch_size, path)
+# ------------------------------------------------------------------------------------------------ what is shown
 
 
 def _sweep(subject: Subject, settings: list[Setting], draws: Draws | None) -> list[SamplePoint]:
@@ -550,9 +458,6 @@ def _sweep(subject: Subject, settings: list[Setting], draws: Draws | None) -> li
         return []
     points = sweep(subject.model, settings, draws, subject.judge, subject.decode)
     return list(tqdm(points, "sampling", len(settings), unit="setting", dynamic_ncols=True))
-
-
-# ------------------------------------------------------------------------------------------------ what is shown
 
 
 def _plots() -> ModuleType:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,15 +26,13 @@ from elit.analysis.plan import (
     measure_seconds,
     solve,
 )
-from elit.app.processes import this_process
+from elit.app.subject import open_subject
 from elit.atomic import atomic_file
-from elit.data import open_data
 from elit.data.remote import cache_folder
 from elit.errors import ElitError
-from elit.evaluation import Judge, train_classifier
+from elit.evaluation import Judge, Quality
 from elit.flow import Guidance, sample
 from elit.models import Model
-from elit.models.files import load
 
 ERROR_SAMPLES = 32  # on which a plan's error is measured; their noise is not that of the calibration
 SLACK = 0.1  # a measured latency further than this above the target is told
@@ -47,7 +46,7 @@ class Row:
     plan: Plan
     seconds: float | None = None
     error: float | None = None
-    quality: dict[str, float] | None = None
+    quality: Quality | None = None
 
 
 def plan(
@@ -115,10 +114,11 @@ def plan(
     if batch_size < 1 or num_samples < 2:
         raise ElitError(f"batch_size is {batch_size} and num_samples {num_samples}; they must be at least 1 and 2")
     asked = _guidance(guidance, guidance_scale, guidance_budget, guidance_interval)
-    net = load(model, weights=weights, device=str(this_process(device, threads or torch.get_num_threads()).device))
+    subject = open_subject(model, data, None, device, threads, weights=weights)
+    net = subject.model
     if net.conditional and not net.config.num_classes:
         raise ElitError("elit plan samples classes; for a model of text call elit.analysis.calibrate with prompts")
-    judged = _judge(net, data, num_samples, seed) if data else None
+    quality = partial(_quality, net, subject.judge, num_samples, seed) if subject.judge else None
     labels = list(range(net.config.num_classes)) if net.conditional else None
 
     console = Console(soft_wrap=True, highlight=False)
@@ -133,7 +133,7 @@ def plan(
     rows = [Row("full budget", reference), Row("plan", found)]
     rows += [Row(name, other) for name, other in alternatives(known, limit, steps, cost).items()]
     if measure:
-        _measure(rows, net, labels, batch_size, seed, judged)
+        _measure(rows, net, labels, batch_size, seed, quality)
     _print(console, rows, cost_text(limit, cost), batch_size)
     _write_results(out.with_name(f"{out.stem}-results.json"), rows, {"cost": cost, "limit": limit})
     _draw(out, rows)
@@ -184,23 +184,11 @@ def _calibration(
     return known
 
 
-def _judge(model: Model, name: str, count: int, seed: int) -> Callable[[Plan], dict[str, float]]:
-    """What a plan's samples are worth to the classifier of a data set."""
-    train = open_data(name)
-    if tuple(train.shape) != model.input_shape() or train.num_classes != model.config.num_classes:
-        raise ElitError(
-            f"{name} has {train.num_classes} classes and shape {tuple(train.shape)}; the model has "
-            f"{model.config.num_classes} and {model.input_shape()}"
-        )
-    judge = Judge(train_classifier(train), train)
-    labels = torch.arange(count) % train.num_classes
-
-    def quality(plan: Plan) -> dict[str, float]:
-        seeds = range(seed * count, (seed + 1) * count)
-        images = sample(model, labels, seeds=seeds, batch_size=250, **plan.arguments())
-        return asdict(judge(images.cpu(), labels))
-
-    return quality
+def _quality(model: Model, judge: Judge, count: int, seed: int, plan: Plan) -> Quality:
+    """What the judge says of so many samples, of all classes in turn."""
+    labels = torch.arange(count) % model.config.num_classes
+    images = sample(model, labels, seeds=range(seed * count, (seed + 1) * count), batch_size=250, **plan.arguments())
+    return judge(images.cpu(), labels)
 
 
 def _measure(
@@ -209,7 +197,7 @@ def _measure(
     labels: Sequence[int] | None,
     batch_size: int,
     seed: int,
-    quality: Callable[[Plan], dict[str, float]] | None,
+    quality: Callable[[Plan], Quality] | None,
 ) -> None:
     """Fills the rows in: latency in turns, error against many steps at full budget on noise of its own, quality."""
     classes = None if labels is None else [labels[i % len(labels)] for i in range(max(batch_size, ERROR_SAMPLES))]
@@ -231,7 +219,7 @@ def _measure(
 def _print(console: Console, rows: list[Row], target: str, batch_size: int) -> None:
     table = Table(title=f"target {target}", title_justify="left")
     table.add_column("")
-    for heading in ("steps", "budget", "weak", "GFLOPs", "ms", "error", *(rows[0].quality or {})):
+    for heading in ("steps", "budget", "weak", "GFLOPs", "ms", "error", *_scores(rows[0])):
         table.add_column(heading.replace("_", " "), justify="right")
     for row in rows:
         p = row.plan
@@ -245,7 +233,7 @@ def _print(console: Console, rows: list[Row], target: str, batch_size: int) -> N
             f"{p.flops / 1e9:.4g}",
             _beside(p.seconds * 1e3, row.seconds and row.seconds * 1e3),
             _beside(p.error, row.error),
-            *(f"{value:.4g}" for value in (row.quality or {}).values()),
+            *(f"{value:.4g}" for value in _scores(row).values()),
         )
     console.print(table)
     images = "an image" if batch_size == 1 else f"a batch of {batch_size}"
@@ -255,6 +243,10 @@ def _print(console: Console, rows: list[Row], target: str, batch_size: int) -> N
         "weak: budget of the weak term of guidance; error: root mean square distance to "
         f"{REFERENCE_STEPS} steps at full budget"
     )
+
+
+def _scores(row: Row) -> dict[str, float]:
+    return {} if row.quality is None else asdict(row.quality)
 
 
 def _beside(predicted: float, measured: float | None) -> str:

@@ -17,7 +17,7 @@ from elit.models.dit import Transformer
 from elit.seeding import derive_seed
 from elit.training.config import RepaConfig
 
-HIDDEN = 2048  # of the projector: the paper's code
+HIDDEN = 2048  # of the projector, the paper's
 
 
 class Features:
