@@ -168,7 +168,8 @@ def calibrate(
     counts, step_errors = probe.step_errors()
     clock = _Clock(model, labels, batch_size)
     seconds, by_option = clock.measure(options, levels)
-        def flops(option: Guidance | None) -> list[int]:
+
+    def flops(option: Guidance | None) -> list[int]:
         guided = _always(option)
         return [sampling_flops(model, 1, level / model.num_latents, guided) for level in levels]
 
