@@ -74,7 +74,7 @@ def test_plan_in_a_folder_is_one_of_its_settings(tmp_path: Path, saved: str) -> 
         ({"speedup": -1.0}, "speedup is -1.0; it must be above 0"),
         ({"speedup": 2.0, "guidance": "none", "guidance_scale": 2.0}, "leave its scale"),
         ({"speedup": 2.0, "min_steps": 100}, "plans have up to 64 steps"),
-        ({"speedup": 2.0, "data": "digits"}, "digits has 10 classes and shape"),
+        ({"speedup": 2.0, "data": "digits"}, "digits has samples of shape"),
     ],
 )
 def test_wrong_options_are_told(saved: str, options: dict[str, float], told: str) -> None:
