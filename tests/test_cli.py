@@ -171,7 +171,10 @@ def test_wrong_settings_of_train(tmp_path: Path) -> None:
     assert "steps: Expected a whole number" in refused("train", "--steps", "many")
     fields = ("--model.fields", '{"group_size": 3}')
     assert "group size 3 does not divide" in refused("train", "--data", "digits", *fields, cwd=tmp_path)
-    assert "invalid choice: 'foo'" in refused("foo")
+    assert "no verb is named 'foo'" in refused("foo")
+    assert "followed by budgets or guidance" in refused("analyze")
+    assert "give --samples, --reference" in refused("evaluate")
+    assert "give out" in refused("prepare", "encode", "x")
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
 
 

@@ -46,7 +46,15 @@ VERBS: dict[str, Callable[..., object]] = {
     "prepare-verify": prepare_verify,
 }
 
-POSITIONAL = ("info", "convert", "prepare-convert", "prepare-encode", "prepare-verify", "evaluate-reference")
+POSITIONAL = (
+    "info",
+    "convert",
+    "prepare-convert",
+    "prepare-encode",
+    "prepare-verify",
+    "evaluate-reference",
+    "evaluate-compare",
+)
 """Verbs whose required options need no name."""
 
 
@@ -103,6 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [a for a in arguments if a != "--debug"]
     if "-".join(arguments[:2]) in VERBS:  # elit evaluate compare: a verb of two words
         arguments[:2] = ["-".join(arguments[:2])]
+    elif seconds := _second_words(arguments):
+        print(f"elit: elit {arguments[0]} is followed by {' or '.join(seconds)}", file=sys.stderr)
+        return 2
     logging.basicConfig(format="%(message)s")
     logging.getLogger("elit").setLevel(logging.INFO)  # which model was found where
     try:
@@ -123,6 +134,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nelit: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _second_words(arguments: list[str]) -> list[str]:
+    """Of a verb of two words whose second is missing or wrong."""
+    if not arguments or arguments[0] in VERBS:
+        return []
+    return [verb.partition("-")[2] for verb in VERBS if verb.partition("-")[0] == arguments[0]]
 
 
 def _instantiate(parser: Parser, arguments: list[str]) -> Namespace:
@@ -149,6 +167,10 @@ def _sentence(message: str) -> str:
         r"Does not validate .*? Subtypes: \[(.*)\] Errors: .* Given value: ", r"Expected one of \1. Got value: ", text
     )
     text = text.replace(", <class 'NoneType'>", "")
+    text = re.sub(
+        r"argument verb: invalid choice: ('.*?') \(.*\)", r"no verb is named \1; elit --help lists them", text
+    )
+    text = re.sub(r"the following arguments are required: (.*)", _required, text)
     text = re.sub(r"""Parser key ["']([\w.]+)["']:""", r"\1:", text)
     for python, plain in (
         ("<class 'int'>", "whole number"),
@@ -156,7 +178,13 @@ def _sentence(message: str) -> str:
         ("typing.Literal", "choice of "),
     ):
         text = text.replace(python, plain)
-    return f"{text} (see elit VERB --help)"
+    return text if "--help" in text else f"{text} (see elit VERB --help)"
+
+
+def _required(found: re.Match[str]) -> str:
+    """``sample.model`` -> ``give --model``."""
+    names = [name.rpartition(".") for name in found[1].split(", ")]
+    return "give " + ", ".join(name if verb in POSITIONAL else f"--{name}" for verb, _, name in names)
 
 
 if __name__ == "__main__":
