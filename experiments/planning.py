@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import elit
-from elit.analysis.calibration import calibrate
+from elit.analysis.calibration import REFERENCE_STEPS, calibrate
 from elit.analysis.environment import environment
 from elit.analysis.plan import Plan, alternatives, constant, measure_error, solve
 from elit.atomic import atomic_file
@@ -33,16 +33,21 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5
 
 
-def measure(model: Any, judge: Judge, plans: dict[str, Plan], seed: int, count: int) -> dict[str, dict[str, float]]:
-    """Quality of each plan's samples from one noise, and their distance to the first plan's."""
+ERROR_SAMPLES = 64  # on which the distance to many steps at full budget is measured
+
+
+def measure(
+    model: Any, judge: Judge, reference: Plan, plans: dict[str, Plan], seed: int, count: int
+) -> dict[str, dict[str, float]]:
+    """Quality of each plan's samples from one noise, and the distance of the first of them to the reference's."""
     labels = torch.arange(count) % 10
     seeds = range((seed + 1) * 10**6, (seed + 1) * 10**6 + count)
-    found, reference = {}, None
+    target = elit.sample(model, labels[:ERROR_SAMPLES], seeds=seeds[:ERROR_SAMPLES], **reference.arguments())
+    found = {}
     for name, plan in plans.items():
         samples = elit.sample(model, labels, seeds=seeds, batch_size=250, **plan.arguments())
-        reference = samples if reference is None else reference
         quality = judge(samples, labels)
-        error = measure_error(samples, reference)
+        error = measure_error(samples[:ERROR_SAMPLES], target)
         found[name] = {"error": error, "frechet": quality.frechet_distance, "accuracy": quality.accuracy}
     return found
 
@@ -64,14 +69,14 @@ def main() -> None:
     for guidance in (None, elit.Guidance("cfg", 2.0)):
         calibration = calibrate(model, list(range(10)), guidance=guidance)
         full = constant(calibration, calibration.options[0], calibration.levels[-1], options.steps)
-        plans = {"full, 64 steps": constant(calibration, calibration.options[0], calibration.levels[-1], 64)}
-        plans[f"full, {options.steps} steps"] = full
+        reference = constant(calibration, calibration.options[0], calibration.levels[-1], REFERENCE_STEPS)
+        plans = {f"full, {options.steps} steps": full}
         for speedup in options.speedups:
             limit = full.flops / speedup
             plans[f"1/{speedup:g}: plan"] = solve(calibration, limit, "flops")
             others = alternatives(calibration, limit, options.steps, "flops")
             plans |= {f"1/{speedup:g}: {name}": plan for name, plan in others.items()}
-        by_seed = [measure(model, judge, plans, seed, options.num_samples) for seed in range(options.seeds)]
+        by_seed = [measure(model, judge, reference, plans, seed, options.num_samples) for seed in range(options.seeds)]
 
         table = Table(title="no guidance" if guidance is None else f"CFG {guidance.scale:g}", title_justify="left")
         for heading in (

@@ -147,7 +147,7 @@ def solve(calibration: Calibration, limit: float, cost: CostKind = "seconds", mi
 def alternatives(calibration: Calibration, limit: float, steps: int, cost: CostKind = "seconds") -> dict[str, Plan]:
     """What one would do within the limit without a planner, guided as asked, by name; those that exist.
 
-    ``constant budget``: the usual ``steps`` at the highest budget that they leave. ``best constant budget``: the steps
+    ``constant budget``: the usual ``steps`` at the highest budget that they leave. ``best constant``: the steps
     and the one budget of least predicted error. ``fewer steps``: full budget.
     """
     option = calibration.options[0]
@@ -158,7 +158,7 @@ def alternatives(calibration: Calibration, limit: float, steps: int, cost: CostK
 
     found = {
         "constant budget": max(within([steps]), key=lambda p: p.budgets[0], default=None),
-        "best constant budget": min(within(STEPS), key=lambda p: p.error, default=None),
+        "best constant": min(within(STEPS), key=lambda p: p.error, default=None),
         "fewer steps": max((p for p in within(STEPS) if p.budgets[0] == 1), key=lambda p: p.steps, default=None),
     }
     return {name: plan for name, plan in found.items() if plan is not None}

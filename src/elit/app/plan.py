@@ -231,8 +231,8 @@ def _print(console: Console, rows: list[Row], target: str, batch_size: int) -> N
             f"{low:.3g}" if low == high else f"{low:.3g}..{high:.3g}",
             weak,
             f"{p.flops / 1e9:.4g}",
-            _beside(p.seconds * 1e3, row.seconds and row.seconds * 1e3),
-            _beside(p.error, row.error),
+            _beside(p.seconds * 1e3, row.seconds and row.seconds * 1e3, 3),
+            _beside(p.error, row.error, 2),
             *(f"{value:.4g}" for value in _scores(row).values()),
         )
     console.print(table)
@@ -249,8 +249,8 @@ def _scores(row: Row) -> dict[str, float]:
     return {} if row.quality is None else asdict(row.quality)
 
 
-def _beside(predicted: float, measured: float | None) -> str:
-    return f"{predicted:.3g}" if measured is None else f"{predicted:.3g} / {measured:.3g}"
+def _beside(predicted: float, measured: float | None, digits: int) -> str:
+    return f"{predicted:.{digits}g}" + ("" if measured is None else f" / {measured:.{digits}g}")
 
 
 def _write_results(path: Path, rows: list[Row], target: dict[str, Any]) -> None:
