@@ -1,21 +1,19 @@
-"""What the experiments share: trainings that are kept, held-out losses with intervals over seeds, tables and figures."""
+"""What the experiments share: trainings that are kept, losses with intervals over seeds, tables and figures."""
 
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.axes import Axes
-from photographs import photographs
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student
-from torch import Tensor
 
 from elit.analysis import count_flops
 from elit.analysis.environment import environment
@@ -26,6 +24,7 @@ from elit.data import Data
 from elit.evaluation import held_out_loss
 from elit.models import Model
 from elit.training import ElasticConfig, ModelChoice, Trainer
+from photographs import photographs
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Variant:
 
 
 ELASTIC = Variant("elastic")
-"""Six blocks, split 1-4-1; 64 tokens in four windows; the tail of 16 latents dropped at random. Others differ from it."""
+"""Six blocks, split 1-4-1, and 64 tokens in four windows of 16 latents. The other variants differ from it."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,9 @@ def train(
     trainer.run_to_end()
     if trainer.interrupted:
         raise KeyboardInterrupt
-    return trainer.ema.module.eval()
+    averaged = trainer.ema.module.eval()
+    assert isinstance(averaged, Model)
+    return averaged
 
 
 def measure(setting: Setting, variant: Variant) -> list[Point]:
@@ -136,10 +137,11 @@ def compare(setting: Setting, name: str, series: Mapping[str, Sequence[Variant]]
         series: the points of all variants of one are joined. The last point of the first series, the elastic model at
             full budget, is what all are compared with.
     """
-    points = {title: [p for variant in variants for p in measure(setting, variant)] for title, variants in series.items()}
+    points = {title: list(chain(*(measure(setting, v) for v in variants))) for title, variants in series.items()}
     write_json(setting, name, {title: [asdict(p) for p in row] for title, row in points.items()})
     print_losses(name, points)
-    plot_losses(setting.out / f"{name}.png", points)
+    full = next(iter(points.values()))[-1].losses
+    plot_losses(setting.out / f"{name}.png", points, full, "held-out loss above the first at full budget")
 
 
 def print_losses(title: str, points: Mapping[str, Sequence[Point]]) -> None:
@@ -164,24 +166,19 @@ def shown(value: tuple[float, float], form: str = "{:+.4f}") -> str:
 
 
 @mpl.rc_context(STYLE)
-def plot_losses(path: Path, points: Mapping[str, Sequence[Point]]) -> None:
-    """Differences to the first series at full budget over the cost of a forward."""
-    full = next(iter(points.values()))[-1].losses
+def plot_losses(path: Path, points: Mapping[str, Sequence[Point]], others: Sequence[float], label: str) -> None:
+    """Differences to the losses of others, seed by seed, over the cost of a forward."""
     figure, axes = plt.subplots(figsize=(5, 3.4))
     for (series, row), (colour, marker) in zip(points.items(), STYLES, strict=False):
-        means, half_widths = zip(*(above(point.losses, full) for point in row), strict=True)
+        means, half_widths = zip(*(above(point.losses, others) for point in row), strict=True)
         cost = [point.flops / 1e6 for point in row]
         axes.errorbar(cost, means, yerr=half_widths, color=colour, marker=marker, capsize=3, label=series)
     axes.axhline(0, color=GREY, linewidth=0.8)
-    label_cost(axes)
-    axes.set_ylabel("held-out loss above the first at full budget")
-    axes.legend(fontsize=9)
-    save(figure, path)
-
-
-def label_cost(axes: Axes) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel("cost of a forward (MFLOPs)")
+    axes.set_ylabel(label)
+    axes.legend(fontsize=9)
+    save(figure, path)
 
 
 def write_json(setting: Setting, name: str, results: Mapping[str, Any]) -> None:

@@ -1,13 +1,15 @@
-"""Which latents training drops: the tail, or random ones (section 3 of the paper). Both keep the first when they run.
+"""Which latents training drops: the tail of every window, or random ones.
 
     python experiments/dropping.py     # docs/results/experiments.md
+
+Both models keep the first latents when they are measured.
 """
 
 import torch
-from common import ELASTIC, Setting, Variant, compare
 from jsonargparse import auto_cli
 from torch import Tensor, nn
 
+from common import ELASTIC, Setting, Variant, compare
 from elit.interface import LatentInterface, Spatial, TokenGrid
 from elit.layers import Rotary
 from elit.seeding import generator

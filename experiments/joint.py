@@ -1,11 +1,13 @@
-"""One elastic model for all budgets, or one model trained for each, with the same number of steps.
+"""One elastic model for all budgets, or a model for each.
 
     python experiments/joint.py     # docs/results/experiments.md
+
+Every model has the same number of steps.
 """
 
-from common import ELASTIC, Setting, Variant, compare
 from jsonargparse import auto_cli
 
+from common import ELASTIC, Setting, Variant, compare
 from elit.training import ElasticConfig
 
 LEVELS = (1, 4, 16)  # of 16 latents

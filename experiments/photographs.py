@@ -1,7 +1,7 @@
 """Crops of three photographs that scikit-learn and matplotlib ship: real image statistics, of uneven difficulty.
 
 The class is the photograph: a Chinese palace, a flower, a portrait. Sky and a blurred background are easy, roofs and
-stripes are hard. Each photograph is halved; crops to train on lie in its left three quarters, held-out ones in the rest.
+stripes are hard. Photographs are halved; crops to train on lie in the left three quarters, held-out ones in the rest.
 """
 
 from functools import lru_cache

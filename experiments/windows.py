@@ -1,18 +1,22 @@
-"""The group size: 16 windows of 4 latents, 4 of 16, or 1 of 64, on the same 64 tokens.
+"""The group size.
 
     python experiments/windows.py     # docs/results/experiments.md
+
+The same 64 tokens in 16 windows of 4 latents, 4 windows of 16, or 1 of 64.
 """
 
 from dataclasses import replace
 
-from common import ELASTIC, Setting, Variant, compare
 from jsonargparse import auto_cli
 
+from common import ELASTIC, Setting, Variant, compare
 from elit.app.quickstart import BUDGETS, RECIPE
 
 SMALL = Variant(
-    "windows-of-2", elit=replace(RECIPE.elit, group_size=2, max_mask_prob=0.75), budgets=[b for b in BUDGETS if b >= 0.25]
-)  # of 4 latents, one at least is left
+    "windows-of-2",
+    elit=replace(RECIPE.elit, group_size=2, max_mask_prob=0.75),  # one latent of four is left
+    budgets=[budget for budget in BUDGETS if budget >= 0.25],
+)
 LARGE = Variant("windows-of-8", elit=replace(RECIPE.elit, group_size=8))
 
 
