@@ -31,7 +31,7 @@ from photographs import photographs
 FULL_STEPS = (2, 4, 8)  # costs, in steps with all latents
 STEP_BUDGETS = (1 / 16, 1 / 4, 1 / 2, 1.0)
 MANY = 32  # steps with all latents that errors are measured to
-SAMPLES = 300
+SAMPLES = 200
 CLASSIFIER_STEPS = 300
 
 
