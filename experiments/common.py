@@ -141,20 +141,20 @@ def compare(setting: Setting, name: str, series: Mapping[str, Sequence[Variant]]
     write_json(setting, name, {title: [asdict(p) for p in row] for title, row in points.items()})
     print_losses(name, points)
     full = next(iter(points.values()))[-1].losses
-    plot_losses(setting.out / f"{name}.png", points, full, "held-out loss above the first at full budget")
+    plot_losses(setting.out / f"{name}.png", points, full, "loss above the first at full budget")
 
 
 def print_losses(title: str, points: Mapping[str, Sequence[Point]]) -> None:
-    """Losses, their differences to full budget, and to the first series at the same budget; all with intervals."""
+    """Losses, how far they are above the series' own at full budget, and above the first series; all with intervals."""
     first = next(iter(points.values()))
     at_budget = {point.budget: point for point in first}
-    table = Table("", "budget", "MFLOPs", "held-out loss", "above full", "above the first", title=title)
+    table = Table("", "budget", "MFLOPs", "held-out loss", "above its full", "above the first", title=title)
     for series, row in points.items():
         for point in row:
             same = at_budget.get(point.budget)
             table.add_row(
                 series, budget_label(point.budget), f"{point.flops / 1e6:.1f}", shown(interval(point.losses), "{:.4f}"),
-                shown(above(point.losses, first[-1].losses)),
+                shown(above(point.losses, row[-1].losses)),
                 "" if row is first or same is None else shown(above(point.losses, same.losses)),
             )  # fmt: skip
     Console(width=120).print(table)
@@ -168,16 +168,26 @@ def shown(value: tuple[float, float], form: str = "{:+.4f}") -> str:
 @mpl.rc_context(STYLE)
 def plot_losses(path: Path, points: Mapping[str, Sequence[Point]], others: Sequence[float], label: str) -> None:
     """Differences to the losses of others, seed by seed, over the cost of a forward."""
-    figure, axes = plt.subplots(figsize=(5, 3.4))
-    for (series, row), (colour, marker) in zip(points.items(), STYLES, strict=False):
+    figure, axes = plt.subplots(figsize=(5.6, 3.6))
+    for i, ((series, row), (colour, marker)) in enumerate(zip(points.items(), STYLES, strict=False)):
         means, half_widths = zip(*(above(point.losses, others) for point in row), strict=True)
-        cost = [point.flops / 1e6 for point in row]
-        axes.errorbar(cost, means, yerr=half_widths, color=colour, marker=marker, capsize=3, label=series)
+        cost = [point.flops / 1e6 * (1 + i / 100) for point in row]  # a little beside the others: no interval is hidden
+        axes.errorbar(
+            cost,
+            means,
+            yerr=half_widths,
+            color=colour,
+            marker=marker,
+            markersize=5,
+            capsize=3,
+            elinewidth=1,
+            label=series,
+        )
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set_xlim(left=0)
     axes.set_xlabel("cost of a forward (MFLOPs)")
     axes.set_ylabel(label)
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3)
     save(figure, path)
 
 
