@@ -172,17 +172,8 @@ def plot_losses(path: Path, points: Mapping[str, Sequence[Point]], others: Seque
     for i, ((series, row), (colour, marker)) in enumerate(zip(points.items(), STYLES, strict=False)):
         means, half_widths = zip(*(above(point.losses, others) for point in row), strict=True)
         cost = [point.flops / 1e6 * (1 + i / 100) for point in row]  # a little beside the others: no interval is hidden
-        axes.errorbar(
-            cost,
-            means,
-            yerr=half_widths,
-            color=colour,
-            marker=marker,
-            markersize=5,
-            capsize=3,
-            elinewidth=1,
-            label=series,
-        )
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "capsize": 3, "elinewidth": 1}
+        axes.errorbar(cost, means, yerr=half_widths, label=series, **style)
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set_xlim(left=0)
     axes.set_xlabel("cost of a forward (MFLOPs)")
