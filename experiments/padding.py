@@ -100,7 +100,7 @@ def run(setting: Setting) -> None:
     results = {name: [asdict(p) for p in row] for name, row in points.items()} | {"attention to the crop": attention}
     write_json(setting, "padding", results)
     print_table(points, attention)
-    label = "loss of the crop above that of DiT without padding"
+    label = "loss above that of DiT on crops"
     plot_losses(setting.out / "padding.png", points, points["DiT"][0].losses, label)
 
 
