@@ -153,16 +153,16 @@ def print_losses(title: str, points: Mapping[str, Sequence[Point]]) -> None:
         for point in row:
             same = at_budget.get(point.budget)
             table.add_row(
-                series, budget_label(point.budget), f"{point.flops / 1e6:.1f}", shown(interval(point.losses), "{:.4f}"),
-                shown(above(point.losses, row[-1].losses)),
-                "" if row is first or same is None else shown(above(point.losses, same.losses)),
+                series, budget_label(point.budget), f"{point.flops / 1e6:.1f}", shown(interval(point.losses)),
+                shown(above(point.losses, row[-1].losses), sign="+"),
+                "" if row is first or same is None else shown(above(point.losses, same.losses), sign="+"),
             )  # fmt: skip
     Console(width=120).print(table)
 
 
-def shown(value: tuple[float, float], form: str = "{:+.4f}") -> str:
-    """``+0.0012 ± 0.0003``."""
-    return f"{form.format(value[0])} ± {value[1]:.4f}"
+def shown(value: tuple[float, float], digits: int = 4, sign: str = "") -> str:
+    """``0.1139 ± 0.0111``; with the sign ``+`` a difference, ``+0.0012 ± 0.0003``."""
+    return f"{value[0]:{sign}.{digits}f} ± {value[1]:.{digits}f}"
 
 
 @mpl.rc_context(STYLE)

@@ -109,13 +109,13 @@ def print_table(points: Mapping[str, Sequence[Point]], attention: Sequence[float
     for name, row in points.items():
         for kind, point, plain in zip(INPUTS, row, points["DiT"], strict=True):
             table.add_row(
-                name, kind, f"{point.flops / 1e6:.1f}", shown(interval(point.losses), "{:.4f}"),
-                shown(above(point.losses, row[0].losses)) if kind == "padded" else "",
-                shown(above(point.losses, plain.losses)) if name == "ELIT" else "",
+                name, kind, f"{point.flops / 1e6:.1f}", shown(interval(point.losses)),
+                shown(above(point.losses, row[0].losses), sign="+") if kind == "padded" else "",
+                shown(above(point.losses, plain.losses), sign="+") if name == "ELIT" else "",
             )  # fmt: skip
     console = Console(width=120)
     console.print(table)
-    console.print(f"Read's attention to the crop, a quarter of the tokens: {shown(interval(attention), '{:.4f}')}")
+    console.print(f"Read's attention to the crop, a quarter of the tokens: {shown(interval(attention), 2)}")
 
 
 if __name__ == "__main__":

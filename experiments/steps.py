@@ -23,7 +23,7 @@ from torch import Tensor
 import elit
 from common import ELASTIC, Setting, above, interval, shown, train, write_json
 from elit.analysis import count_flops
-from elit.analysis.plots import STYLE, STYLES, budget_label, save
+from elit.analysis.plots import GREY, STYLE, STYLES, budget_label, save
 from elit.evaluation import Classifier, Moments, classify, frechet_distance, moments, train_classifier
 from elit.models import Model
 from photographs import photographs
@@ -112,9 +112,9 @@ def print_table(mixes: Sequence[Mix], real_accuracy: float) -> None:
         same_cost = full[mix.full_steps]
         table.add_row(
             f"{mix.full_steps}", budget_label(mix.budget), f"{mix.steps}", f"{mix.flops / 1e6:.0f}",
-            shown(interval(mix.error), "{:.4f}"), shown(above(mix.error, same_cost.error)),
+            shown(interval(mix.error)), shown(above(mix.error, same_cost.error), sign="+"),
             f"{interval(mix.accuracy)[0]:.1%}",
-            shown(interval(mix.distance), "{:.2f}"), shown(above(mix.distance, same_cost.distance)),
+            shown(interval(mix.distance), 1), shown(above(mix.distance, same_cost.distance), 1, "+"),
         )  # fmt: skip
     console = Console(width=150)
     console.print(table)
@@ -123,24 +123,24 @@ def print_table(mixes: Sequence[Mix], real_accuracy: float) -> None:
 
 @mpl.rc_context(STYLE)
 def plot(path: Path, mixes: Sequence[Mix]) -> None:
-    """Error and distance over the cost of a sample, one line per budget."""
-    figure, panels = plt.subplots(1, 2, figsize=(8.5, 3.4), constrained_layout=True)
+    """Error and distance above those of all latents at the same cost, seed by seed; one line per smaller budget."""
+    full = {mix.full_steps: mix for mix in mixes if mix.budget == 1}
+    figure, panels = plt.subplots(1, 2, figsize=(8.5, 3.6))
     for axes, measured in zip(panels, ("error", "distance"), strict=True):
-        for budget, (colour, marker) in zip(STEP_BUDGETS, STYLES, strict=True):
+        for i, (budget, (colour, marker)) in enumerate(zip(STEP_BUDGETS[:-1], STYLES, strict=False)):
             row = [mix for mix in mixes if mix.budget == budget]
-            means, half_widths = zip(*(interval(getattr(mix, measured)) for mix in row), strict=True)
-            cost = [mix.flops / 1e6 for mix in row]
-            axes.errorbar(
-                cost, means, yerr=half_widths, color=colour, marker=marker, capsize=3, label=budget_label(budget)
-            )
-        axes.set_xscale("log", base=2)
-        ticks = [mix.flops / 1e6 for mix in mixes if mix.budget == 1]
-        axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
-        axes.minorticks_off()
-        axes.set_xlabel("cost of a sample (MFLOPs, all steps)")
-    panels[0].set_ylabel(f"RMS error to {MANY} steps with all latents")
-    panels[1].set_ylabel("Frechet distance to training crops")
-    panels[0].legend(title="budget", fontsize=9)
+            pairs = [above(getattr(mix, measured), getattr(full[mix.full_steps], measured)) for mix in row]
+            means, half_widths = zip(*pairs, strict=True)
+            places = [place + 0.08 * (i - 1) for place in range(len(row))]  # beside each other
+            label = f"{budget_label(budget)} of the latents"
+            axes.errorbar(places, means, yerr=half_widths, color=colour, marker=marker, capsize=3, label=label)
+        axes.axhline(0, color=GREY, linewidth=0.8)
+        axes.set_xticks(range(len(full)), [f"{cost} ({mix.flops / 1e6:.0f})" for cost, mix in full.items()])
+        axes.set_xlabel("cost: steps with all latents (MFLOPs)")
+    panels[0].set_ylabel("RMS error above that of all latents")
+    panels[1].set_ylabel("Frechet distance above that of all latents")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=9, loc="lower center", ncols=3)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     save(figure, path)
 
 
