@@ -36,7 +36,7 @@ def _few_crops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     """One folder for all: experiments share their trainings."""
-    return Setting(seeds=2, steps=1, width=32, out=tmp_path_factory.mktemp("experiments"))
+    return Setting(seeds=1, steps=1, width=32, out=tmp_path_factory.mktemp("experiments"))
 
 
 def results(setting: Setting, name: str) -> dict[str, list[dict[str, list[float]]]]:
@@ -49,14 +49,12 @@ def results(setting: Setting, name: str) -> dict[str, list[dict[str, list[float]
     [(dropping, [5, 5]), (joint, [5, 3]), (split, [5, 5, 5]), (windows, [5, 3, 5])],
     ids=lambda value: value.__name__ if isinstance(value, ModuleType) else "",
 )
-def test_every_series_has_a_loss_per_budget_and_seed(
-    experiment: ModuleType, budgets: list[int], setting: Setting
-) -> None:
+def test_every_series_has_a_loss_per_budget(experiment: ModuleType, budgets: list[int], setting: Setting) -> None:
     experiment.run(setting)
     series = results(setting, experiment.__name__)
     assert [len(points) for points in series.values()] == budgets
     losses = [loss for points in series.values() for point in points for loss in point["losses"]]
-    assert len(losses) == 2 * sum(budgets)
+    assert len(losses) == sum(budgets)
     assert all(map(math.isfinite, losses))
 
 
@@ -81,9 +79,9 @@ def test_mixes_of_a_cost_differ_by_less_than_a_step(setting: Setting, monkeypatc
 
 
 def test_a_training_is_not_repeated(setting: Setting) -> None:
-    first = common.train(setting, ELASTIC, 1)
+    first = common.train(setting, ELASTIC, 0)
     files = {path: path.stat().st_mtime_ns for path in setting.out.rglob("*.safetensors")}
-    again = common.train(setting, ELASTIC, 1)
+    again = common.train(setting, ELASTIC, 0)
     assert {path: path.stat().st_mtime_ns for path in setting.out.rglob("*.safetensors")} == files
     for name, weight in first.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name]), name
