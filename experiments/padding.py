@@ -56,7 +56,7 @@ def train_one(setting: Setting, name: str, padded: bool, seed: int) -> Model:
 
 
 def budget_of(model: Model) -> float | None:
-    return BUDGET if model.interface else None
+    return None if model.interface is None else BUDGET
 
 
 @torch.inference_mode()
@@ -78,8 +78,8 @@ def content_loss(model: Model, padded: bool, batch_size: int = 300) -> float:
 
 def content_attention(model: Model) -> float:
     """Share of Read's attention that goes to the tokens of the crop, a quarter of all, in padded held-out images."""
-    x, y = pad(photographs(held_out=True)).batch(torch.arange(0, len(photographs(held_out=True)), 4))
-    x, y = x.to(model.device), y.to(model.device)
+    data = pad(photographs(held_out=True))
+    x, y = (v.to(model.device) for v in data.batch(torch.arange(0, len(data), 4)))
     noise = torch.randn(x.shape, generator=generator("padding", "attention")).to(model.device)
     maps = attention_maps(model, x, y, ATTENTION_TIME, noise, BUDGET)
     edge = BORDER // PATCH
