@@ -9,6 +9,7 @@ the comparison does not depend on how busy the machine is.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,31 +45,22 @@ def measure(
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="runs/quickstart/run")
-    parser.add_argument("--out", type=Path, default=Path("runs/experiments/planning.json"))
-    parser.add_argument("--steps", type=int, default=16, help="of full and of constant budget")
-    parser.add_argument("--speedups", type=float, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--num-samples", type=int, default=1000)
-    options = parser.parse_args()
-
-    model = elit.load(options.model)
+def run(model: Any, out: Path, steps: int, speedups: Sequence[float], seeds: int, num_samples: int) -> None:
+    """Prints the tables, and writes all numbers."""
     train = digits()
     judge = Judge(train_classifier(train), train)
     console, results = Console(soft_wrap=True), []
     for guidance in (None, elit.Guidance("cfg", 2.0)):
         calibration = calibrate(model, list(range(10)), guidance=guidance)
-        full = constant(calibration, calibration.options[0], calibration.levels[-1], options.steps)
+        full = constant(calibration, calibration.options[0], calibration.levels[-1], steps)
         reference = constant(calibration, calibration.options[0], calibration.levels[-1], REFERENCE_STEPS)
-        plans = {f"full, {options.steps} steps": full}
-        for speedup in options.speedups:
+        plans = {f"full, {steps} steps": full}
+        for speedup in speedups:
             limit = full.flops / speedup
             plans[f"1/{speedup:g}: plan"] = solve(calibration, limit, "flops")
-            others = alternatives(calibration, limit, options.steps, "flops")
+            others = alternatives(calibration, limit, steps, "flops")
             plans |= {f"1/{speedup:g}: {name}": plan for name, plan in others.items()}
-        by_seed = [measure(model, judge, reference, plans, seed, options.num_samples) for seed in range(options.seeds)]
+        by_seed = [measure(model, judge, reference, plans, seed, num_samples) for seed in range(seeds)]
 
         table = Table(title="no guidance" if guidance is None else f"CFG {guidance.scale:g}", title_justify="left")
         for heading in (
@@ -109,9 +101,22 @@ def main() -> None:
                 }
             )
         console.print(table)
-        with atomic_file(options.out) as temporary:
+        with atomic_file(out) as temporary:
             temporary.write_text(json.dumps({"results": results, "environment": environment()}, indent=2) + "\n")
-    console.print(f"all numbers: {options.out}")
+    console.print(f"all numbers: {out}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="runs/quickstart/run")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments/planning.json"))
+    parser.add_argument("--steps", type=int, default=16, help="of full and of constant budget")
+    parser.add_argument("--speedups", type=float, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--num-samples", type=int, default=1000)
+    options = parser.parse_args()
+
+    run(elit.load(options.model), options.out, options.steps, options.speedups, options.seeds, options.num_samples)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -16,11 +18,13 @@ import dropping
 import joint
 import padding
 import photographs
+import planning
 import split
 import steps
 import windows
 from common import ELASTIC, Setting
 from conftest import Recorder, inputs, tiny
+from elit.evaluation import train_classifier
 from elit.interface import LatentInterface
 
 
@@ -142,3 +146,17 @@ def test_random_dropping_trains_on_other_latents_and_leaves_a_plain_model(settin
     tail, random = (common.train(setting, variant, 0) for variant in (ELASTIC, dropping.RANDOM))
     assert type(random.interface) is LatentInterface
     assert not torch.equal(tail.interface.latents, random.interface.latents)
+
+
+def test_planning_compares_plans_of_the_same_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(planning, "train_classifier", partial(train_classifier, steps=3))
+    model = tiny(input_size=16, in_channels=1, patch_size=4)
+    planning.run(model, tmp_path / "planning.json", steps=6, speedups=[2], seeds=2, num_samples=70)
+    assert "all numbers:" in capsys.readouterr().out
+    results = json.loads((tmp_path / "planning.json").read_text())["results"]
+    full = {row["guidance"]: row["flops"] for row in results if row["name"].startswith("full")}
+    planned = [row for row in results if row["name"] == "1/2: plan"]
+    assert [row["guidance"] for row in planned] == [None, 2.0]
+    assert all(row["flops"] <= full[row["guidance"]] / 2 and len(row["by_seed"]) == 2 for row in planned)
