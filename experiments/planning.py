@@ -10,6 +10,7 @@ the comparison does not depend on how busy the machine is.
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,64 +47,63 @@ def measure(
 
 
 def run(model: Any, out: Path, steps: int, speedups: Sequence[float], seeds: int, num_samples: int) -> None:
-    """Prints the tables, and writes all numbers."""
+    """Prints a table with and without guidance, and writes all numbers."""
     train = digits()
     judge = Judge(train_classifier(train), train)
-    console, results = Console(soft_wrap=True), []
+    console, results = Console(width=150), []
     for guidance in (None, elit.Guidance("cfg", 2.0)):
         calibration = calibrate(model, list(range(10)), guidance=guidance)
-        full = constant(calibration, calibration.options[0], calibration.levels[-1], steps)
-        reference = constant(calibration, calibration.options[0], calibration.levels[-1], REFERENCE_STEPS)
-        plans = {f"full, {steps} steps": full}
+        full = partial(constant, calibration, calibration.options[0], calibration.levels[-1])
+        plans = {f"1: {steps} steps": full(steps)}
         for speedup in speedups:
-            limit = full.flops / speedup
+            limit = full(steps).flops / speedup
             plans[f"1/{speedup:g}: plan"] = solve(calibration, limit, "flops")
             others = alternatives(calibration, limit, steps, "flops")
             plans |= {f"1/{speedup:g}: {name}": plan for name, plan in others.items()}
-        by_seed = [measure(model, judge, reference, plans, seed, num_samples) for seed in range(seeds)]
-
-        table = Table(title="no guidance" if guidance is None else f"CFG {guidance.scale:g}", title_justify="left")
-        for heading in (
-            "cost and method",
-            "steps",
-            "budget",
-            "GFLOPs",
-            "error predicted",
-            "error",
-            "Frechet",
-            "accuracy",
-        ):
-            table.add_column(heading, justify="left" if heading == "cost and method" else "right")
-        for name, plan in plans.items():
-            values = {
-                key: interval([found[name][key] for found in by_seed]) for key in ("error", "frechet", "accuracy")
+        by_seed = [measure(model, judge, full(REFERENCE_STEPS), plans, seed, num_samples) for seed in range(seeds)]
+        rows = [
+            {
+                "guidance": guidance and guidance.scale,
+                "name": name,
+                "budgets": plan.budgets,
+                "weak": plan.guidance and (plan.guidance.kind, plan.guidance.budget),
+                "flops": plan.flops,
+                "predicted_error": plan.error,
+                "by_seed": [found[name] for found in by_seed],
             }
-            low, high = min(plan.budgets), max(plan.budgets)
-            table.add_row(
-                name,
-                str(plan.steps),
-                f"{low:.3g}" if low == high else f"{low:.3g}..{high:.3g}",
-                f"{plan.flops / 1e9:.3f}",
-                f"{plan.error:.4f}",
-                *("{:.4f} ± {:.4f}".format(*values["error"]), "{:.2f} ± {:.2f}".format(*values["frechet"])),
-                "{:.3f} ± {:.3f}".format(*values["accuracy"]),
-            )
-            results.append(
-                {
-                    "guidance": None if guidance is None else guidance.scale,
-                    "name": name,
-                    "steps": plan.steps,
-                    "budgets": plan.budgets,
-                    "weak": plan.guidance and (plan.guidance.kind, plan.guidance.budget),
-                    "flops": plan.flops,
-                    "predicted_error": plan.error,
-                    "by_seed": [found[name] for found in by_seed],
-                }
-            )
-        console.print(table)
+            for name, plan in plans.items()
+        ]
+        console.print(as_table("no guidance" if guidance is None else f"CFG {guidance.scale:g}", rows))
+        results += rows
         with atomic_file(out) as temporary:
             temporary.write_text(json.dumps({"results": results, "environment": environment()}, indent=2) + "\n")
     console.print(f"all numbers: {out}")
+
+
+def as_table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """Means and 95 % intervals over seeds; distances also above that of the plan of the same cost, seed by seed."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("cost: method")
+    for heading in ("steps", "budget", "GFLOPs", "error predicted", "error", "Frechet", "above the plan's", "accuracy"):
+        table.add_column(heading, justify="right")
+    of = {row["name"]: row for row in rows}
+    for row in rows:
+        low, high = min(row["budgets"]), max(row["budgets"])
+        values = {key: [found[key] for found in row["by_seed"]] for key in row["by_seed"][0]}
+        plan = of.get(row["name"].partition(":")[0] + ": plan", row)
+        above = [a - b["frechet"] for a, b in zip(values["frechet"], plan["by_seed"], strict=True)]
+        table.add_row(
+            row["name"],
+            str(len(row["budgets"])),
+            f"{low:.3g}" if low == high else f"{low:.3g}..{high:.3g}",
+            f"{row['flops'] / 1e9:.3f}",
+            f"{row['predicted_error']:.4f}",
+            "{:.4f} ± {:.4f}".format(*interval(values["error"])),
+            "{:.1f} ± {:.1f}".format(*interval(values["frechet"])),
+            "" if plan is row else "{:+.1f} ± {:.1f}".format(*interval(above)),
+            "{:.1%} ± {:.1%}".format(*interval(values["accuracy"])),
+        )
+    return table
 
 
 def main() -> None:
@@ -115,7 +115,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-samples", type=int, default=1000)
     options = parser.parse_args()
-
     run(elit.load(options.model), options.out, options.steps, options.speedups, options.seeds, options.num_samples)
 
 
