@@ -23,8 +23,9 @@ from torch import Tensor
 import elit
 from common import ELASTIC, Setting, above, interval, shown, train, write_json
 from elit.analysis import count_flops
+from elit.analysis.plan import measure_error
 from elit.analysis.plots import GREY, STYLE, STYLES, budget_label, save
-from elit.evaluation import Classifier, Moments, classify, frechet_distance, moments, train_classifier
+from elit.evaluation import Judge, train_classifier
 from elit.models import Model
 from photographs import photographs
 
@@ -59,44 +60,27 @@ def draw(model: Model, steps: int, budget: float, count: int) -> Tensor:
     return elit.sample(model, torch.arange(count) % 3, steps=steps, budget=budget, batch_size=100).cpu()
 
 
-def measure(models: Sequence[Model], full_steps: int, budget: float, count: int, judge: "Judge") -> Mix:
+def measure(models: Sequence[Model], solutions: Sequence[Tensor], judge: Judge, cost: int, budget: float) -> Mix:
+    """Samples of every model at a cost in full steps, beside its solutions from the same noise."""
     step = count_flops(models[0], budget).flops
-    steps = round(full_steps * count_flops(models[0]).flops / step)
-    rows = [judge(seed, draw(model, steps, budget, count)) for seed, model in enumerate(models)]
-    error, accuracy, distance = zip(*rows, strict=True)
-    return Mix(full_steps, budget, steps, steps * step, error, accuracy, distance)
-
-
-class Judge:
-    """Measures samples of the models.
-
-    Args:
-        solutions: of each model, from the same noise as the samples that come.
-    """
-
-    def __init__(self, solutions: Sequence[Tensor]) -> None:
-        self.solutions = solutions
-        self.classifier: Classifier = train_classifier(photographs(), steps=CLASSIFIER_STEPS)
-        self.real: Moments = moments(classify(self.classifier, photographs().images)[1])
-
-    def __call__(self, seed: int, images: Tensor) -> tuple[float, float, float]:
-        """Error, accuracy and distance of samples of the model of a seed."""
-        predicted, features = classify(self.classifier, images)
-        asked = torch.arange(len(images)) % 3
-        error = (images - self.solutions[seed]).square().flatten(1).mean(1).sqrt().mean()
-        return (
-            error.item(),
-            (predicted == asked).float().mean().item(),
-            frechet_distance(moments(features), self.real),
-        )
+    steps = round(cost * count_flops(models[0]).flops / step)
+    samples = [draw(model, steps, budget, len(solutions[0])) for model in models]
+    quality = [judge(images, torch.arange(len(images)) % 3) for images in samples]
+    return Mix(
+        cost, budget, steps, steps * step,
+        error=[measure_error(images, solution) for images, solution in zip(samples, solutions, strict=True)],
+        accuracy=[each.accuracy for each in quality],
+        distance=[each.frechet_distance for each in quality],
+    )  # fmt: skip
 
 
 def run(setting: Setting, samples: int = SAMPLES) -> None:
     models = [train(setting, ELASTIC, seed) for seed in range(setting.seeds)]
-    judge = Judge([draw(model, MANY, 1.0, samples) for model in models])
-    held_out = classify(judge.classifier, photographs(held_out=True).images)[0] == photographs(held_out=True).labels
-    real_accuracy = held_out.float().mean().item()
-    mixes = [measure(models, cost, budget, samples, judge) for cost in FULL_STEPS for budget in STEP_BUDGETS]
+    solutions = [draw(model, MANY, 1.0, samples) for model in models]
+    judge = Judge(train_classifier(photographs(), steps=CLASSIFIER_STEPS), photographs())
+    mixes = [measure(models, solutions, judge, cost, budget) for cost in FULL_STEPS for budget in STEP_BUDGETS]
+    held_out = photographs(held_out=True)
+    real_accuracy = judge(held_out.images, held_out.labels).accuracy
     results: dict[str, Any] = {"mixes": [asdict(mix) for mix in mixes], "accuracy of held-out crops": real_accuracy}
     write_json(setting, "steps", results)
     print_table(mixes, real_accuracy)
