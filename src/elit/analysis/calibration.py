@@ -34,7 +34,7 @@ NOISE_LEVELS = 8  # at which the velocity is compared, evenly from t = 1
 STEP_COUNTS = (2, 4, 8, 16, 32)  # at which the discretisation error is measured; it is a power law in between
 REFERENCE_STEPS = 64
 MAX_LEVELS = 9  # more are thinned out, evenly in the logarithm
-TIMING_ROUNDS = 7
+TIMING_ROUNDS = 15
 
 
 @dataclass(frozen=True)

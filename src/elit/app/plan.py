@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -217,7 +218,7 @@ def _measure(
 
 
 def _print(console: Console, rows: list[Row], target: str, batch_size: int) -> None:
-    table = Table(title=f"target {target}", title_justify="left")
+    table = Table(title=f"target {target}", title_justify="left", box=box.SIMPLE, pad_edge=False)
     table.add_column("")
     for heading in ("steps", "budget", "weak", "GFLOPs", "ms", "error", *_scores(rows[0])):
         table.add_column(heading.replace("_", " "), justify="right")
@@ -228,7 +229,7 @@ def _print(console: Console, rows: list[Row], target: str, batch_size: int) -> N
         table.add_row(
             row.name,
             str(p.steps),
-            f"{low:.3g}" if low == high else f"{low:.3g}..{high:.3g}",
+            f"{low:.2g}" if low == high else f"{low:.2g}..{high:.2g}",
             weak,
             f"{p.flops / 1e9:.4g}",
             _beside(p.seconds * 1e3, row.seconds and row.seconds * 1e3, 3),
