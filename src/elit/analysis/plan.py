@@ -180,9 +180,14 @@ def measure_error(samples: Tensor, reference: Tensor) -> float:
     return root_mean_square(samples - reference)
 
 
+def short(value: float, digits: int = 3) -> str:
+    """So many digits, and no exponent for large numbers."""
+    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+
 def cost_text(value: float, cost: CostKind) -> str:
     """``80.1 ms`` or ``12.3 GFLOPs``."""
-    return f"{value * 1e3:.3g} ms" if cost == "seconds" else f"{value / 1e9:.3g} GFLOPs"
+    return f"{short(value * 1e3)} ms" if cost == "seconds" else f"{short(value / 1e9)} GFLOPs"
 
 
 def _schedule(calibration: Calibration, option: Option, steps: int, limit: float, cost: CostKind) -> list[int] | None:

@@ -25,6 +25,7 @@ from elit.analysis.plan import (
     cost_text,
     measure_error,
     measure_seconds,
+    short,
     solve,
 )
 from elit.app.subject import open_subject
@@ -219,9 +220,9 @@ def _measure(
 
 def _print(console: Console, rows: list[Row], target: str, batch_size: int) -> None:
     table = Table(title=f"target {target}", title_justify="left", box=box.SIMPLE, pad_edge=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for heading in ("steps", "budget", "weak", "GFLOPs", "ms", "error", *_scores(rows[0])):
-        table.add_column(heading.replace("_", " "), justify="right")
+        table.add_column(heading, justify="right")
     for row in rows:
         p = row.plan
         low, high = min(p.budgets), max(p.budgets)
@@ -231,14 +232,14 @@ def _print(console: Console, rows: list[Row], target: str, batch_size: int) -> N
             str(p.steps),
             f"{low:.2g}" if low == high else f"{low:.2g}..{high:.2g}",
             weak,
-            f"{p.flops / 1e9:.4g}",
+            short(p.flops / 1e9, 4),
             _beside(p.seconds * 1e3, row.seconds and row.seconds * 1e3, 3),
             _beside(p.error, row.error, 2),
-            *(f"{value:.4g}" for value in _scores(row).values()),
+            *(short(value) for value in _scores(row).values()),
         )
     console.print(table)
     images = "an image" if batch_size == 1 else f"a batch of {batch_size}"
-    told = "predicted / measured" if rows[0].seconds else "predicted"
+    told = "predicted/measured" if rows[0].seconds else "predicted"
     console.print(
         f"ms and error: {told}; ms of {images}, all steps, without decoding; GFLOPs of one image (1 MAC = 2 FLOPs); "
         "weak: budget of the weak term of guidance; error: root mean square distance to "
@@ -247,11 +248,12 @@ def _print(console: Console, rows: list[Row], target: str, batch_size: int) -> N
 
 
 def _scores(row: Row) -> dict[str, float]:
-    return {} if row.quality is None else asdict(row.quality)
+    quality = row.quality
+    return {} if quality is None else {"accuracy": quality.accuracy, "distance": quality.frechet_distance}
 
 
 def _beside(predicted: float, measured: float | None, digits: int) -> str:
-    return f"{predicted:.{digits}g}" + ("" if measured is None else f" / {measured:.{digits}g}")
+    return "/".join(short(value, digits) for value in (predicted, measured) if value is not None)
 
 
 def _write_results(path: Path, rows: list[Row], target: dict[str, Any]) -> None:
