@@ -74,7 +74,7 @@ def compare(
         start = time.perf_counter()
         trainer.run_to_end()
         per_step = (time.perf_counter() - start) / steps
-        model = trainer.ema.module.eval()
+        model = trainer.averaged().eval()
         given = map_condition(lambda values: values[labels], WordVectors()(CAPTIONS)) if of_text else labels
         for budget in BUDGETS:
             loss = held_out_loss(model, open_data(data, held_out=True) if of_text else held_out, budget, config.times)
