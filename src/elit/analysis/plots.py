@@ -70,7 +70,7 @@ def plot_cost(budgets: Sequence[float], series: Mapping[str, Sequence[float]]) -
     _budget_axis(axes, budgets)
     axes.set_ylabel("cost of a forward, relative to full")
     axes.set_ylim(0, 1.1 * max(1, *(max(values) for values in series.values())))
-    axes.legend(loc="lower right")  # costs rise with the budget
+    axes.legend(loc="lower right")
     return figure
 
 
