@@ -51,6 +51,7 @@ def test_a_signal_to_one_process_stops_all(tmp_path: Path) -> None:
     wait_for_line(run / "log.jsonl", 12, process)
     os.kill(int(children(process)[-1]), signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0  # of the launcher: no process failed
     assert b"run the same command to continue" in output
     assert len(log(run)) < STEPS
     assert (run / f"checkpoints/step-{len(log(run)):08d}").is_dir()

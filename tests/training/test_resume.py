@@ -30,13 +30,16 @@ def test_killed_run_ends_bit_identical(tmp_path: Path, uninterrupted: dict[str, 
     assert contents(run) == uninterrupted
 
 
-def test_interrupt_saves_and_continues(tmp_path: Path, uninterrupted: dict[str, object]) -> None:
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_signal_saves_and_continues(
+    kind: signal.Signals, code: int, tmp_path: Path, uninterrupted: dict[str, object]
+) -> None:
     run = tmp_path / "run"
     process = subprocess.Popen(arguments(run), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     wait_for_line(run / "log.jsonl", 17, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(kind)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert b"run the same command to continue" in output
     (checkpoint,) = [p for p in (run / "checkpoints").iterdir() if int(p.name[5:]) % 10]
     assert int(checkpoint.name[5:]) >= 17

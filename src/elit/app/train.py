@@ -1,5 +1,6 @@
 """`elit train`: the trainer with a progress bar and pictures on the way."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def train(config: TrainConfig) -> Trainer:
     show_progress(trainer)
     if trainer.interrupted:
         console.print(f"stopped after step {trainer.step}; run the same command to continue")
-        sys.exit(130)
+        sys.exit(0 if trainer.stopped_by is signal.SIGTERM else 130)  # a scheduler's way to end a job, or Ctrl-C
     console.print(f"done: elit sample --model {config.out} --out samples.png")
     return trainer
 

@@ -39,6 +39,8 @@ from elit.training.sharding import shard, whole
 from elit.training.speed import Speed, Speedometer, peak_flops
 from elit.training.validation import Validation
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
 
 class StepReport(NamedTuple):
     """What one step did.
@@ -115,6 +117,7 @@ class Trainer:
         step: number of steps done.
         levels: the numbers of latents that training uses.
         last_speed: images per second and FLOP utilisation up to the last line of the log.
+        stopped_by: the signal that ended training before its last step, in this process or another; None without.
 
     Raises:
         ElitError: a setting that does not fit, or a run directory that cannot be used.
@@ -150,8 +153,8 @@ class Trainer:
         self.step = 0
         self.seen = 0  # samples, over all steps
         self.skipped = 0
-        self._told_to_stop = False  # by a signal, of which the other processes hear at the next step
-        self._stop = False
+        self.stopped_by: signal.Signals | None = None
+        self._told = dict.fromkeys(STOPPING, False)  # signals here, of which all processes hear at the next step
 
     def __iter__(self) -> Iterator[StepReport]:
         with ExitStack() as stack:
@@ -164,7 +167,7 @@ class Trainer:
             network = self._wrap()
             self._start_log()
             skipped_in_a_row = 0
-            while self.step < self.config.steps and not self._stop:
+            while self.step < self.config.steps and not self.interrupted:
                 report = self._train_step(network)
                 skipped_in_a_row = skipped_in_a_row + 1 if report.skipped > self.skipped else 0
                 self.skipped = report.skipped
@@ -177,7 +180,7 @@ class Trainer:
                 if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
                     self.save()
                 yield report
-            if self._stop:
+            if self.interrupted:
                 self.save()
             self.accelerator.wait_for_everyone()  # what the main process writes is there when any of them returns
             self.accelerator.end_training()
@@ -195,7 +198,7 @@ class Trainer:
     @property
     def interrupted(self) -> bool:
         """Whether a signal (Ctrl-C, SIGTERM) ended training before its last step."""
-        return self._stop
+        return self.stopped_by is not None
 
     def save(self) -> None:
         """Writes a checkpoint of the current step; all processes call it.
@@ -291,10 +294,11 @@ class Trainer:
 
     def _agree(self, losses: Tensor) -> list[float]:
         """The losses summed over processes, which also learn here whether one of them was told to stop."""
-        told = torch.cat((losses, losses.new_tensor([float(self._told_to_stop)])))
-        *totals, stop = self.accelerator.reduce(told, "sum").tolist()
-        self._stop = stop > 0
-        return totals
+        told = torch.cat((losses, losses.new_tensor([float(self._told[kind]) for kind in STOPPING])))
+        totals = self.accelerator.reduce(told, "sum").tolist()
+        signals = totals[len(losses) :]
+        self.stopped_by = next((kind for kind, count in zip(STOPPING, signals, strict=True) if count), None)
+        return totals[: len(losses)]
 
     def _update(self, finite: bool) -> float:
         """A step of the optimizers and the average, unless loss or gradient are not finite: the gradient's norm."""
@@ -460,13 +464,13 @@ def half_precision(config: TrainConfig) -> torch.dtype | None:
 def _stop_on_signals(trainer: Trainer) -> Iterator[None]:
     """SIGINT and SIGTERM end the loop after a step that all processes end with, so that what is saved is consistent."""
 
-    def stop(*_: object) -> None:
-        trainer._told_to_stop = True
+    def stop(kind: int, _: object) -> None:
+        trainer._told[signal.Signals(kind)] = True
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {kind: signal.signal(kind, stop) for kind in (signal.SIGINT, signal.SIGTERM)}
+    before = {kind: signal.signal(kind, stop) for kind in STOPPING}
     try:
         yield
     finally:
