@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import elit
-from conftest import tiny
+from conftest import TINY, inputs, randomize, tiny
 from elit import Guidance
 from elit.analysis import calibration as calibrating
 from elit.analysis.calibration import Calibration, Option, calibrate, thinned
 from elit.analysis.plan import Plan, alternatives, constant, knapsack, predict, solve
 from elit.errors import ElitError
-from elit.models import Model
+from elit.models import MMDiT, MMDiTConfig, Model
 
 LABELS = [3, 1, 4]
 CFG = Guidance("cfg", scale=2.5)
@@ -162,6 +162,14 @@ def test_cost_of_options(model: Model, guided: Calibration, plain: Calibration) 
 def test_autoguidance_keeps_its_weak_term(model: Model) -> None:
     calibration = calibrate(model, LABELS, num_samples=2, guidance=Guidance("ag", 2.0, budget=0.5))
     assert [o.guidance for o in calibration.options] == [Guidance("ag", 2.0, budget=0.5)]
+
+
+def test_models_of_text_are_planned() -> None:
+    model = randomize(MMDiT(MMDiTConfig(**(TINY.__dict__ | {"num_classes": 0, "text_width": 32})))).eval()
+    _, _, text = inputs(model, 3)
+    calibration = calibrate(model, text, guidance=CFG, num_samples=2)
+    plan = solve(calibration, calibration.options[0].flops[0] * 6, "flops")
+    assert elit.sample(model, text, seeds=[0, 1, 2], **plan.arguments()).isfinite().all()
 
 
 def test_plan_and_calibration_survive_their_files(tmp_path: Path, model: Model, guided: Calibration) -> None:

@@ -9,7 +9,7 @@ from elit.errors import ElitError
 NEIGHBOURS = 3
 SPLIT = 5_000
 KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1_000, 2020
-ROWS = 1_000  # of a block of distances
+ROWS = 500  # of a block of distances
 
 
 def inception_score(logits: Tensor, split: int = SPLIT) -> float:
