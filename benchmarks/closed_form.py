@@ -15,7 +15,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from elit.analysis import closed_form, count_flops, on_meta
-from elit.atomic import atomic_file
+from elit.atomic import write_json
 from elit.models import config_for
 from elit.models.registry import names as all_names
 
@@ -39,8 +39,7 @@ def compare(names: list[str] | None = None, out: Path = Path("runs/closed-form.j
     for name in tqdm(names or all_names(), dynamic_ncols=True):
         if name not in found:
             found[name] = [difference(name, 256, lowest=False), difference(name, 512, lowest=True)]
-            with atomic_file(out) as temporary:
-                temporary.write_text(json.dumps(found, indent=1) + "\n")
+            write_json(out, found, indent=1)
     table = Table("family", "names", "largest difference")
     for family in dict.fromkeys(name.rpartition("-")[0] for name in found):
         rows = [abs(value) for name, each in found.items() if name.rpartition("-")[0] == family for value in each]

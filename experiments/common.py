@@ -1,6 +1,5 @@
 """What the experiments share: trainings that are kept, losses with intervals over seeds, tables and figures."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student
 
+from elit import atomic
 from elit.analysis import count_flops
 from elit.analysis.environment import environment
 from elit.analysis.plots import GREY, STYLE, STYLES, budget_label, save
 from elit.app.quickstart import BUDGETS, RECIPE
-from elit.atomic import atomic_file
 from elit.data import Data
 from elit.evaluation import held_out_loss
 from elit.models import Model
@@ -185,5 +184,4 @@ def plot_losses(path: Path, points: Mapping[str, Sequence[Point]], others: Seque
 def write_json(setting: Setting, name: str, results: Mapping[str, Any]) -> None:
     """Results, with how they were made."""
     record = {"setting": asdict(setting) | {"out": str(setting.out)}, "environment": environment(), "results": results}
-    with atomic_file(setting.out / f"{name}.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
+    atomic.write_json(setting.out / f"{name}.json", record)

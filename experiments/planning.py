@@ -8,7 +8,6 @@ the comparison does not depend on how busy the machine is.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from common import interval
 from elit.analysis.calibration import REFERENCE_STEPS, calibrate
 from elit.analysis.environment import environment
 from elit.analysis.plan import Plan, alternatives, constant, measure_error, solve
-from elit.atomic import atomic_file
+from elit.atomic import write_json
 from elit.data import digits
 from elit.evaluation import Judge, train_classifier
 
@@ -75,8 +74,7 @@ def run(model: Any, out: Path, steps: int, speedups: Sequence[float], seeds: int
         ]
         console.print(as_table("no guidance" if guidance is None else f"CFG {guidance.scale:g}", rows))
         results += rows
-        with atomic_file(out) as temporary:
-            temporary.write_text(json.dumps({"results": results, "environment": environment()}, indent=2) + "\n")
+        write_json(out, {"results": results, "environment": environment()})
     console.print(f"all numbers: {out}")
 
 

@@ -1,12 +1,14 @@
 """Files and folders that are whole or absent, whatever kills the process while they are written."""
 
+import json
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from elit.errors import ElitError
 
@@ -42,6 +44,21 @@ def atomic_file(path: str | Path, sync: bool = True) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def write_json(
+    path: str | Path, content: object, indent: int | None = 2, default: Callable[[Any], Any] | None = None
+) -> None:
+    """A JSON file, whole or not at all.
+
+    Args:
+        indent, default: of :func:`json.dumps`.
+
+    Raises:
+        ElitError: see :func:`atomic_file`.
+    """
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent, default=default) + "\n")
 
 
 @contextmanager

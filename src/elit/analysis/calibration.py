@@ -19,7 +19,7 @@ from torch import Tensor
 
 from elit.analysis.cost import sampling_flops, synchronize
 from elit.analysis.environment import environment
-from elit.atomic import atomic_file
+from elit.atomic import write_json
 from elit.conditions import Condition, map_condition
 from elit.digest import weights_digest
 from elit.errors import ElitError
@@ -95,8 +95,7 @@ class Calibration:
         """Raises:
         ElitError: it cannot be written.
         """
-        with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self)) + "\n")
+        write_json(path, asdict(self), indent=None)
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from elit.analysis.calibration import Calibration, Option, guidance_from, root_mean_square
 from elit.analysis.cost import Latency, time_in_turns
-from elit.atomic import atomic_file
+from elit.atomic import write_json
 from elit.conditions import Condition
 from elit.errors import ElitError
 from elit.flow import Guidance, sample
@@ -75,8 +75,7 @@ class Plan:
         """Raises:
         ElitError: it cannot be written.
         """
-        with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> "Plan":

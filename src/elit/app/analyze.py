@@ -1,6 +1,5 @@
 """`elit analyze`: what budgets cost and what they buy, as tables, JSON and figures."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +33,7 @@ from elit.analysis.environment import environment
 from elit.app.info import read_shapes
 from elit.app.sample import PIXELS
 from elit.app.subject import Subject, budgets_of, draws_for, halves_of, open_subject, some_of
-from elit.atomic import atomic_file
+from elit.atomic import write_json
 from elit.errors import ElitError
 from elit.evaluation import Quality, losses_by_budget
 from elit.flow import Guidance, TimeDensity
@@ -585,8 +584,7 @@ def _real(subject: Subject) -> dict[str, Any]:
 def _finish(file: Path, settings: dict[str, Any], result: dict[str, Any], following: str) -> dict[str, Any]:
     """Writes the result with its settings and environment, and says what to do next."""
     result = {"settings": settings, **result, "environment": environment()}
-    with atomic_file(file) as temporary:
-        temporary.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    write_json(file, result, default=str)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{file} and figures beside it")
     console.print(f"next: {following}")

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elit.app.processes import Process
-from elit.atomic import atomic_file
+from elit.atomic import atomic_file, write_json
 from elit.data.pixels import to_uint8
 from elit.errors import ElitError
 from elit.launch import alone_in
@@ -67,8 +67,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
                     f"{folder} holds images with {k} {old.get(k)!r}, not {settings.get(k)!r}; take the same "
                     "settings to continue, or another folder"
                 )
-        with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(larger, indent=2) + "\n")
+        write_json(path, larger)
 
 
 def _agree(old: dict[str, Any], new: dict[str, Any], key: str, count: int) -> bool:

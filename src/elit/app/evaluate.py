@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elit.app.processes import this_process
-from elit.atomic import atomic_file
+from elit.atomic import write_json
 from elit.errors import ElitError
 from elit.evaluation.extractors import Resize, open_extractor
 from elit.evaluation.features import Features
@@ -59,8 +59,7 @@ def evaluate(
     if not _compute(both, process.rank, process.total):
         return None
     result = score(ours, against, theirs)
-    with atomic_file(out) as temporary:
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(out, result)
     console = Console(soft_wrap=True, highlight=False)
     _print_table([result], [samples])
     for warning in result["warnings"]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from elit.analysis.plan import (
     solve,
 )
 from elit.app.subject import open_subject
-from elit.atomic import atomic_file
+from elit.atomic import write_json
 from elit.data.remote import cache_folder
 from elit.errors import ElitError
 from elit.evaluation import Judge, Quality
@@ -211,7 +211,7 @@ def _measure(
     plans = [row.plan for row in rows]
     latencies = measure_seconds(model, classes and classes[:batch_size], plans, batch_size)
     full = rows[0].plan
-    target = draw(Plan(**{**vars(full), "budgets": full.budgets[:1] * REFERENCE_STEPS}))
+    target = draw(replace(full, budgets=full.budgets[:1] * REFERENCE_STEPS))
     for row, latency in zip(rows, latencies, strict=True):
         row.seconds = latency.median
         row.error = measure_error(draw(row.plan), target)
@@ -258,8 +258,7 @@ def _beside(predicted: float, measured: float | None, digits: int) -> str:
 
 def _write_results(path: Path, rows: list[Row], target: dict[str, Any]) -> None:
     results = {"target": target, "rows": [asdict(row) for row in rows], "environment": environment()}
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
+    write_json(path, results)
 
 
 def _draw(out: Path, rows: list[Row]) -> None:

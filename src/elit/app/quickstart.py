@@ -1,6 +1,5 @@
 """The first run: trains a small elastic model on real digits and shows what each budget costs and gives."""
 
-import json
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from elit.analysis import Draws, Setting, correlate, count_parameters, mean_maps, measure_costs, sweep
 from elit.analysis.environment import environment
 from elit.app.train import show_progress
-from elit.atomic import atomic_file
+from elit.atomic import write_json
 from elit.data import Data, digits
 from elit.errors import ElitError
 from elit.evaluation import Classifier, Judge, losses_by_budget, nearest_distance, train_classifier
@@ -175,8 +174,7 @@ def quickstart(out: Path = Path("runs/quickstart"), minutes: float | None = None
     results["training"] = {"config": asdict(config), "seconds": seconds, "parameters": count_parameters(model)}
 
     console.print("[bold]3/3[/bold] writing the report")
-    with atomic_file(out / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
+    write_json(out / "results.json", results)
     report = write_report(out, results, pictures)
     console.print(f"\n[bold]report: {report}[/bold]")
     console.print(

@@ -8,7 +8,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-from elit.atomic import atomic_file
+from elit.atomic import atomic_file, write_json
 from elit.data.images import TRANSFORMS, CorruptImageError, read_rgb
 from elit.data.sources import CAPTIONS, LABELS, SETTINGS, Source, fingerprint, read_bytes
 from elit.errors import ElitError
@@ -54,23 +54,17 @@ def convert_images(
         raise ElitError(f"none of the {len(source)} images of {source.root} can be read")
     labels = None if source.labels is None else [[image_name(i), source.labels[i]] for i in kept]
     report = [{"name": source.names[i], "reason": reason} for i, reason in skipped.items()]
-    write_json(out / REPORT, {"images": len(kept), "skipped": report})
+    write_json(out / REPORT, {"images": len(kept), "skipped": report}, indent=None)
     if source.captions is not None:
         rows = [{"file_name": image_name(i), "text": source.captions[i]} for i in kept]
         with atomic_file(out / CAPTIONS) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_json(out / LABELS, {"labels": labels} | ({"classes": source.classes} if source.classes else {}))
+    write_json(out / LABELS, {"labels": labels} | ({"classes": source.classes} if source.classes else {}), indent=None)
 
 
 def image_name(i: int) -> str:
     """Where the i-th image lies in the folder."""
     return f"{i // FOLDER_SIZE:05d}/img{i:08d}.png"
-
-
-def write_json(file: Path, content: object) -> None:
-    """Whole or not at all."""
-    with atomic_file(file) as temporary:
-        temporary.write_text(json.dumps(content) + "\n")
 
 
 def available_cpus() -> int:
@@ -111,7 +105,7 @@ def _write_or_compare(file: Path, settings: dict[str, object]) -> None:
             raise ElitError(f"{file.parent} is a file; choose a new or empty folder")
         if file.parent.exists() and any(not path.name.startswith(".") for path in file.parent.iterdir()):
             raise ElitError(f"{file.parent} holds other files; choose a new or empty folder")
-        write_json(file, settings)
+        write_json(file, settings, indent=None)
         return
     try:
         before = json.loads(file.read_text())

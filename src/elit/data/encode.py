@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from elit.atomic import atomic_file, make_folder
+from elit.atomic import atomic_file, make_folder, write_json
 from elit.data.autoencoder import posterior, scaling, weights_hash
-from elit.data.convert import write_json
 from elit.data.folder import ImageFolder
 from elit.data.images import to_signed
 from elit.data.latents import INDEX, read_index
@@ -175,7 +174,7 @@ class Encoding:
         totals = {"shape": shape, "count": copies * len(self.images), "classes": self.images.source.classes}
         if self.images.captions is not None:
             totals["captions"] = [caption for caption in self.images.captions for _ in range(copies)]
-        write_json(self.out / INDEX, self.settings | totals | {"shards": shards})
+        write_json(self.out / INDEX, self.settings | totals | {"shards": shards}, indent=None)
 
     def _file(self, shard: int) -> Path:
         return self.out / f"shard-{shard:05d}.safetensors"
