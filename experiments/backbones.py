@@ -21,7 +21,7 @@ from torch import Tensor
 import elit
 from elit.analysis import count_flops, count_parameters
 from elit.analysis.plots import budget_label, plot_overview, save
-from elit.app.quickstart import RECIPE
+from elit.commands.quickstart import RECIPE
 from elit.conditions import map_condition
 from elit.data import open_data
 from elit.data.captions import CAPTIONS, WordVectors

@@ -18,7 +18,7 @@ from elit import atomic
 from elit.analysis import count_flops
 from elit.analysis.environment import environment
 from elit.analysis.plots import GREY, STYLE, STYLES, budget_label, save
-from elit.app.quickstart import BUDGETS, RECIPE
+from elit.commands.quickstart import BUDGETS, RECIPE
 from elit.data import Data
 from elit.evaluation import held_out_loss
 from elit.models import Model

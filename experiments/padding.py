@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common import Point, Setting, Variant, above, interval, plot_losses, shown, train, write_json
 from elit.analysis import attention_maps, count_flops
-from elit.app.quickstart import RECIPE
+from elit.commands.quickstart import RECIPE
 from elit.data import ImageData
 from elit.flow import flow_matching_error, path_named
 from elit.models import Model

@@ -10,7 +10,7 @@ from dataclasses import replace
 from jsonargparse import auto_cli
 
 from common import ELASTIC, Setting, Variant, compare
-from elit.app.quickstart import BUDGETS, RECIPE
+from elit.commands.quickstart import BUDGETS, RECIPE
 
 SMALL = Variant(
     "windows-of-2",

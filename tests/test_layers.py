@@ -9,8 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import reference
-from conftest import randomize
 from elit.interface import coordinates
 from elit.layers import (
     Attention,
@@ -30,6 +28,8 @@ from elit.layers import (
     rotate,
     sincos_table,
 )
+from tests.helpers import reference
+from tests.helpers.models import randomize
 
 WIDTH, HEADS, THETA = 24, 3, 100.0
 norms = pytest.mark.parametrize("qk_norm", ["none", "head", "width"])

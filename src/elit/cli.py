@@ -14,15 +14,15 @@ from typing import Any, NoReturn
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from elit import __version__
-from elit.app.analyze import analyze_attention, analyze_budgets, analyze_cost, analyze_guidance, analyze_steps
-from elit.app.convert import convert_model
-from elit.app.evaluate import evaluate, evaluate_compare, evaluate_reference
-from elit.app.info import info
-from elit.app.plan import plan
-from elit.app.prepare import prepare_convert, prepare_encode, prepare_verify
-from elit.app.quickstart import quickstart
-from elit.app.sample import sample_images
-from elit.app.train import train
+from elit.commands.analyze import analyze_attention, analyze_budgets, analyze_cost, analyze_guidance, analyze_steps
+from elit.commands.convert import convert_model
+from elit.commands.evaluate import evaluate, evaluate_compare, evaluate_reference
+from elit.commands.info import info
+from elit.commands.plan import plan
+from elit.commands.prepare import prepare_convert, prepare_encode, prepare_verify
+from elit.commands.quickstart import quickstart
+from elit.commands.sample import sample_images
+from elit.commands.train import train
 from elit.errors import ElitError
 from elit.training.config import TrainConfig
 

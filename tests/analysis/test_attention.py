@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from scipy.stats import entropy, spearmanr
 
-from conftest import tiny
 from elit.analysis import AttentionMaps, attention_maps, correlate, mean_maps
 from elit.layers import rotate
+from tests.helpers.models import tiny
 
 
 def test_maps_of_latents_against_a_loop() -> None:

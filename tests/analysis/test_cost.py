@@ -4,10 +4,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import elit
-from conftest import tiny
 from elit import Guidance
 from elit.analysis import count_flops, measure_costs, measure_peak_memory, sampling_flops
 from elit.interface import BudgetByNoise
+from tests.helpers.models import tiny
 
 
 @pytest.mark.parametrize("budget", [0.25, None])

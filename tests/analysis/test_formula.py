@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from conftest import TINY
 from elit.analysis import closed_form, count_flops, on_meta
 from elit.interface import InterfaceConfig
 from elit.models import DFMConfig, DiTConfig, HDiTConfig, MMDiTConfig, UViTConfig, config_for
 from elit.models.registry import SPLITS
+from tests.helpers.models import TINY
 
 
 def formula(config: DiTConfig, num_latents: int | None = None) -> int:

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import elit
-from conftest import TINY, inputs, randomize, tiny
 from elit import Guidance
 from elit.analysis import calibration as calibrating
 from elit.analysis.calibration import Calibration, Option, calibrate, thinned
 from elit.analysis.plan import Plan, alternatives, constant, knapsack, predict, solve
 from elit.errors import ElitError
 from elit.models import MMDiT, MMDiTConfig, Model
+from tests.helpers.models import TINY, inputs, randomize, tiny
 
 LABELS = [3, 1, 4]
 CFG = Guidance("cfg", scale=2.5)

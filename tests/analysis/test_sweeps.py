@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 import elit
-from conftest import tiny
 from elit import ElitError, Guidance
 from elit.analysis import (
     Draws,
@@ -23,6 +22,7 @@ from elit.conditions import Text
 from elit.data import ImageData
 from elit.evaluation import Classifier, Judge, classify, frechet_distance, moments
 from elit.models import MMDiT, MMDiTConfig
+from tests.helpers.models import tiny
 
 
 def test_saturation_against_colorsys() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from elit.data.images import TRANSFORMS, CorruptImageError, read_rgb, to_pixels, to_signed
-from pictures import MODES, encoded, smooth
+from tests.helpers.pictures import MODES, encoded, smooth
 
 
 def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

@@ -9,16 +9,16 @@ import torch
 from PIL import Image
 
 from elit import ElitError, load
-from elit.app.prepare import prepare_convert, prepare_encode
 from elit.cli import main
+from elit.commands.prepare import prepare_convert, prepare_encode
 from elit.data import Captioned, ClipFolder, EncodedFolder, ImageFolder, LatentShards, open_data
 from elit.data.captions import WordVectors
 from elit.data.clips import write_video
 from elit.data.text import TextEncoder
 from elit.models import MMDiT
 from elit.seeding import generator
-from small_autoencoder import save_autoencoder
-from small_text_encoder import save_text_encoder
+from tests.helpers.small_autoencoder import save_autoencoder
+from tests.helpers.small_text_encoder import save_text_encoder
 
 CAPTIONS = ["a handwritten three", "a four", "a handwritten three", "", "four", "a three"]
 TINY = {"width": 16, "depth": 3, "num_heads": 2, "head_depth": 1, "tail_depth": 1, "group_size": 2}

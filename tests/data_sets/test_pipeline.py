@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from elit.app.prepare import prepare_convert, prepare_encode
-from pictures import write_pictures
-from small_autoencoder import save_autoencoder
+from elit.commands.prepare import prepare_convert, prepare_encode
+from tests.helpers.pictures import write_pictures
+from tests.helpers.small_autoencoder import save_autoencoder
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # bits may depend on the threads
 TINY = '{"width": 32, "depth": 3, "num_heads": 2, "head_depth": 1, "tail_depth": 1, "group_size": 2}'

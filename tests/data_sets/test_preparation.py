@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from elit import ElitError
-from elit.app.prepare import prepare_convert, prepare_encode, prepare_verify
+from elit.commands.prepare import prepare_convert, prepare_encode, prepare_verify
 from elit.data import Data, EncodedFolder, ImageFolder, LatentShards, PublishedLatents, batch_indices, open_data
 from elit.data.sources import find_images
 from elit.seeding import generator
-from pictures import write_pictures
-from small_autoencoder import save_autoencoder
+from tests.helpers.pictures import write_pictures
+from tests.helpers.small_autoencoder import save_autoencoder
 
 INDICES = torch.tensor([50, 3, 20, 19, 41, 0])
 

@@ -8,7 +8,7 @@ import torch
 
 from elit import ElitError
 from elit.data.text import TextEncoder
-from small_text_encoder import save_text_encoder, save_tokenizer
+from tests.helpers.small_text_encoder import save_text_encoder, save_tokenizer
 
 transformers = pytest.importorskip("transformers")
 

@@ -23,9 +23,9 @@ import split
 import steps
 import windows
 from common import ELASTIC, Setting
-from conftest import Recorder, inputs, tiny
 from elit.evaluation import train_classifier
 from elit.interface import LatentInterface
+from tests.helpers.models import Recorder, inputs, tiny
 
 
 @pytest.fixture(autouse=True)

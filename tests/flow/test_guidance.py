@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import elit
-from conftest import Recorder, tiny
 from elit import ElitError, Guidance
 from elit.flow import time_grid
+from tests.helpers.models import Recorder, tiny
 
 NULL = 10
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import inputs, tiny
 from elit.flow import PATHS, flow_matching_error, flow_matching_loss, per_token
 from elit.seeding import generator
+from tests.helpers.models import inputs, tiny
 
 
 def half_plus_time(x: Tensor, t: Tensor) -> Tensor:

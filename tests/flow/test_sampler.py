@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 import elit
-from conftest import Recorder, tiny
 from elit import ElitError, Guidance
 from elit.flow import StepInfo
 from elit.interface import InterfaceConfig
 from elit.seeding import generator
+from tests.helpers.models import Recorder, tiny
 
 SEEDS = [5, 0, 123456789012, 7, 2, 3, 11]
 LABELS = [1, 9, 0, 4, 4, 2, 7]

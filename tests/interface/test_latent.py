@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-import reference
-from conftest import PUBLISHED, randomize
 from elit import ElitError
 from elit.interface import InterfaceConfig, LatentInterface, TokenGrid
 from elit.layers import init_model
+from tests.helpers import reference
+from tests.helpers.models import PUBLISHED, randomize
 
 HEADS, WIDTH, THETA = 4, 32, 100.0
 PAPER = InterfaceConfig(group_size=2)

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import inputs
 from elit import ElitError
 from elit.conditions import Text, map_condition
 from elit.interface import InterfaceConfig
 from elit.models.mmdit import JointBlock
-from stacks import ELASTIC, tiny, video
+from tests.helpers.models import inputs
+from tests.helpers.stacks import ELASTIC, tiny, video
 
 every_backbone = pytest.mark.parametrize("name", ELASTIC)
 

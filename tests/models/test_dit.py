@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import reference
-from conftest import PUBLISHED, TINY, inputs, randomize, tiny
 from elit import ElitError
 from elit.interface import InterfaceConfig
 from elit.models import DiT, DiTConfig
 from elit.models.dit import patchify, unpatchify
+from tests.helpers import reference
+from tests.helpers.models import PUBLISHED, TINY, inputs, randomize, tiny
 
 SINCOS = {"positions": "sincos", "qk_norm": False}
 MODELS: dict[str, dict[str, Any]] = {

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import elit
-from conftest import PUBLISHED, inputs, tiny
 from elit import ElitError
 from elit.interface import InterfaceConfig
 from elit.models import DiT, Model
 from elit.models.files import CONFIG, TRAINING, WEIGHTS, checkpoints, load_model, read_tensors, resolve, save_model
+from tests.helpers.models import PUBLISHED, inputs, tiny
 
 
 @pytest.fixture

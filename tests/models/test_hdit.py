@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import elit
-import reference
-from conftest import inputs
 from elit import ElitError
 from elit.interface import InterfaceConfig
 from elit.models import HDiT, config_for
-from stacks import Positions, Vectors, plain_stack, tiny
+from tests.helpers import reference
+from tests.helpers.models import inputs
+from tests.helpers.stacks import Positions, Vectors, plain_stack, tiny
 
 
 def plain_blocks(model: HDiT, c: np.ndarray) -> Any:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 import elit
-import reference
-from conftest import inputs
 from elit import ElitError, Guidance
 from elit.analysis import count_flops
 from elit.conditions import Text
 from elit.models import MMDiT
-from stacks import Positions, Vectors, plain_stack, tiny
+from tests.helpers import reference
+from tests.helpers.models import inputs
+from tests.helpers.stacks import Positions, Vectors, plain_stack, tiny
 
 
 def model_of(**changes: Any) -> MMDiT:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import elit
-import reference
 from elit import ElitError
 from elit.models import UViT
-from stacks import Positions, Vectors, plain_stack, tiny
+from tests.helpers import reference
+from tests.helpers.stacks import Positions, Vectors, plain_stack, tiny
 
 
 def plain_blocks(model: UViT, c: np.ndarray) -> Any:

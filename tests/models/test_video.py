@@ -9,17 +9,17 @@ import torch
 from PIL import Image
 
 import elit
-from conftest import TINY, inputs, randomize
-from conftest import tiny as tiny_dit
 from elit import ElitError
 from elit.analysis import on_meta
-from elit.app.images import to_frames
+from elit.commands.images import to_frames
 from elit.data import ClipFolder, moving_digits
 from elit.data.autoencoder import decode, load_autoencoder
 from elit.data.clips import read_video, write_video
 from elit.data.moving import bounce
 from elit.interface import InterfaceConfig
 from elit.models import DiT, config_for
+from tests.helpers.models import TINY, inputs, randomize
+from tests.helpers.models import tiny as tiny_dit
 
 KINETICS: dict[str, Any] = {"input_size": (8, 32, 32), "in_channels": 16, "num_classes": 700}
 

@@ -11,7 +11,7 @@ from elit.interface import BudgetByNoise
 from elit.models import create
 from elit.training import ElasticConfig, Trainer
 from elit.training.budgets import training_levels
-from runs import config
+from tests.helpers.runs import config
 
 SMALL = {"width": 32, "depth": 3, "num_heads": 2, "head_depth": 1, "tail_depth": 1}
 

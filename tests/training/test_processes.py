@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from elit.interface import BudgetByNoise
 from elit.training import ElasticConfig, OptimizerConfig, RepaConfig, TrainConfig, Trainer, ValidationConfig
-from runs import (
+from tests.helpers.runs import (
     ALL_BUDGETS,
     STEPS,
     arguments,

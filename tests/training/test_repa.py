@@ -13,7 +13,7 @@ from elit import ElitError
 from elit.data import ImageData, digits8
 from elit.training import ElasticConfig, ModelChoice, OptimizerConfig, RepaConfig, TrainConfig, Trainer, repa
 from elit.training.repa import Features
-from runs import FIELDS, config, contents, small_encoder
+from tests.helpers.runs import FIELDS, config, contents, small_encoder
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from elit import ElitError
 from elit.training import Trainer, state
-from runs import STEPS, arguments, config, contents, kill, moments, wait_for_line
+from tests.helpers.runs import STEPS, arguments, config, contents, kill, moments, wait_for_line
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import elit
-from conftest import randomize
 from elit import ElitError
 from elit.interface import BudgetByNoise
 from elit.models import DFM
 from elit.training import ElasticConfig, ModelChoice, OptimizerConfig, StepReport, Trainer, ValidationConfig
 from elit.training.batch import as_many_for_all, draw, micro_batches, share
 from elit.training.trainer import prepare_blocks
-from runs import FIELDS, config, log
+from tests.helpers.models import randomize
+from tests.helpers.runs import FIELDS, config, log
 
 PUBLISHED = {"variant": "published", "tail_visible": True, "write_depth": 2, "positions": "sincos"}
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 import elit
 from elit import ElitError
-from elit.app.quickstart import RECIPE
+from elit.commands.quickstart import RECIPE
 from elit.data import ImageData, digits8
 from elit.models import create
 from elit.training import ElasticConfig, OptimizerConfig, TrainConfig, Trainer
 from elit.training.optim import lr_factor, make_ema, named_groups
-from runs import config
+from tests.helpers.runs import config
 
 ROOT = Path(__file__).parents[2]
 

@@ -28,8 +28,8 @@ from elit.analysis.plan import (
     short,
     solve,
 )
-from elit.app.subject import open_subject
 from elit.atomic import write_json
+from elit.commands.subject import open_subject
 from elit.data.remote import cache_folder
 from elit.errors import ElitError
 from elit.evaluation import Judge, Quality

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import TINY, randomize, tiny
 from elit import ElitError, load
-from elit.app.sample import sample_images
+from elit.commands.sample import sample_images
 from elit.data.captions import WordVectors
 from elit.data.pixels import to_uint8
 from elit.flow import StageSchedule, sample
 from elit.interface import InterfaceConfig
 from elit.models import DFM, DFMConfig, MMDiT, MMDiTConfig
+from tests.helpers.models import TINY, randomize, tiny
 
 
 @pytest.fixture

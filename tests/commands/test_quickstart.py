@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from elit.app import quickstart as module
-from elit.app.report import reading
+from elit.commands import quickstart as module
+from elit.commands.report import reading
 
 
 @pytest.fixture(scope="module")

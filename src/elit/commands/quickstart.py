@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from elit.analysis import Draws, Setting, correlate, count_parameters, mean_maps, measure_costs, sweep
 from elit.analysis.environment import environment
-from elit.app.train import show_progress
 from elit.atomic import write_json
+from elit.commands.train import show_progress
 from elit.data import Data, digits
 from elit.errors import ElitError
 from elit.evaluation import Classifier, Judge, losses_by_budget, nearest_distance, train_classifier
@@ -146,7 +146,7 @@ def quickstart(out: Path = Path("runs/quickstart"), minutes: float | None = None
         ElitError: the folder cannot be used, or a package of the quickstart extra is missing.
     """
     try:
-        from elit.app.report import write_report
+        from elit.commands.report import write_report
     except ImportError as error:
         raise ElitError(f"the quickstart needs {error.name}: pip install 'elit-diffusion[quickstart]'") from error
 

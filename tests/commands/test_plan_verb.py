@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from conftest import tiny
 from elit.analysis import calibration
 from elit.analysis.plan import Plan
-from elit.app.plan import plan
 from elit.cli import main
+from elit.commands.plan import plan
 from elit.errors import ElitError
+from tests.helpers.models import tiny
 
 
 @pytest.fixture(autouse=True)

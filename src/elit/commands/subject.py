@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from elit.analysis import Draws
-from elit.app.info import SHOWN_BUDGETS
-from elit.app.processes import this_process
-from elit.app.sample import PIXELS
+from elit.commands.info import SHOWN_BUDGETS
+from elit.commands.processes import this_process
+from elit.commands.sample import PIXELS
 from elit.conditions import Text
 from elit.data import Data, open_data
 from elit.data.autoencoder import decode, load_autoencoder

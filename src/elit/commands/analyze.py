@@ -30,10 +30,10 @@ from elit.analysis import (
     sweep,
 )
 from elit.analysis.environment import environment
-from elit.app.info import read_shapes
-from elit.app.sample import PIXELS
-from elit.app.subject import Subject, budgets_of, draws_for, halves_of, open_subject, some_of
 from elit.atomic import write_json
+from elit.commands.info import read_shapes
+from elit.commands.sample import PIXELS
+from elit.commands.subject import Subject, budgets_of, draws_for, halves_of, open_subject, some_of
 from elit.errors import ElitError
 from elit.evaluation import Quality, losses_by_budget
 from elit.flow import Guidance, TimeDensity

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-import reference
-from conftest import TINY, randomize
 from elit.interface import InterfaceConfig
 from elit.models import DiT, DiTConfig, HDiT, HDiTConfig, MMDiT, MMDiTConfig, Model, UViT, UViTConfig
 from elit.models.dit import Transformer
+from tests.helpers import reference
+from tests.helpers.models import TINY, randomize
 
 ELASTIC: dict[str, tuple[type[Model], type, dict[str, Any]]] = {
     "ELIT-DiT": (DiT, DiTConfig, {}),
@@ -19,7 +19,7 @@ ELASTIC: dict[str, tuple[type[Model], type, dict[str, Any]]] = {
     "ELIT-HDiT, all outer blocks in space": (HDiT, HDiTConfig, {"inner_depth": 2}),
     "ELIT-MMDiT": (MMDiT, MMDiTConfig, {"num_classes": 0, "text_width": 24, "empty_length": 2}),
 }  # fmt: skip
-"""Model, configuration and its fields beside those of conftest.TINY."""
+"""Model, configuration and its fields beside those of TINY."""
 
 Vectors = list[np.ndarray]
 Positions = list[Any]

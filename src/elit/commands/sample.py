@@ -15,10 +15,10 @@ from rich.console import Console
 from torch import Tensor
 
 from elit.analysis.plan import Plan
-from elit.app.bulk import Labels, draw_folder, label_of
-from elit.app.images import to_frames, to_grid
-from elit.app.processes import this_process
 from elit.atomic import atomic_file
+from elit.commands.bulk import Labels, draw_folder, label_of
+from elit.commands.images import to_frames, to_grid
+from elit.commands.processes import this_process
 from elit.conditions import Condition
 from elit.data.autoencoder import decode, load_autoencoder
 from elit.data.clips import write_video

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from elit import ElitError
-from elit.app.evaluate import evaluate, evaluate_compare, evaluate_reference
 from elit.cli import main
+from elit.commands.evaluate import evaluate, evaluate_compare, evaluate_reference
 from elit.data import digits8
 from elit.data.pixels import to_uint8
 from elit.evaluation.classifier import Classifier, classify

@@ -15,12 +15,12 @@ import torch
 import yaml
 from PIL import Image
 
-from conftest import randomize
 from elit import ElitError, create
-from elit.app.bulk import label_of
-from elit.app.sample import sample_images
 from elit.cli import main
+from elit.commands.bulk import label_of
+from elit.commands.sample import sample_images
 from elit.models import DiT
+from tests.helpers.models import randomize
 
 COUNT, BATCH = 43, 8
 FOLDER = Path(__file__).parents[2] / "configs/sample"

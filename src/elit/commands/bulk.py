@@ -19,8 +19,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from elit.app.processes import Process
 from elit.atomic import atomic_file, write_json
+from elit.commands.processes import Process
 from elit.data.pixels import to_uint8
 from elit.errors import ElitError
 from elit.launch import alone_in

@@ -11,8 +11,8 @@ from rich.console import Console
 from tqdm import tqdm
 
 from elit.analysis import count_parameters
-from elit.app.images import to_frames
 from elit.atomic import atomic_file
+from elit.commands.images import to_frames
 from elit.data.autoencoder import decode, load_autoencoder
 from elit.data.clips import write_video
 from elit.flow import sample

@@ -7,8 +7,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from elit.app.processes import this_process
 from elit.atomic import write_json
+from elit.commands.processes import this_process
 from elit.errors import ElitError
 from elit.evaluation.extractors import Resize, open_extractor
 from elit.evaluation.features import Features

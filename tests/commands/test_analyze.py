@@ -8,12 +8,12 @@ import pytest
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from conftest import TINY, randomize, tiny
 from elit import cli
-from elit.app import subject
+from elit.commands import subject
 from elit.evaluation import train_classifier
 from elit.models import DFM, DFMConfig, MMDiT, MMDiTConfig
 from elit.training import ModelChoice, TrainConfig, Trainer
+from tests.helpers.models import TINY, randomize, tiny
 
 FEW = ("--num-samples", "12")
 
