@@ -19,13 +19,10 @@ All randomness of training is a function of (seed, step), so this is all there i
 
 import fcntl
 import json
-import platform
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +128,7 @@ def save_checkpoint(run: Path, step: int, trained: Trained, extra: dict[str, Any
     target = run / "checkpoints" / f"step-{step:08d}"
     if not main or target.exists():
         return
-    record = {"step": step, "averaged": int(trained.ema.n_averaged), **extra, **versions()}
+    record = {"step": step, "averaged": int(trained.ema.n_averaged), **extra}
     try:
         with atomic_folder(target) as folder:
             save_model(averaged, folder, weights)
@@ -169,15 +166,6 @@ def restore_checkpoint(folder: Path, trained: Trained) -> dict[str, Any]:
     for kind, optimizer in trained.optimizers.items():
         restore_optimizer(kind, optimizer, trained.names[kind], tensors)
     return record
-
-
-def versions() -> dict[str, Any]:
-    """Versions of what computed a checkpoint, and the commit of the library where it runs from a checkout."""
-    packages = {name: metadata.version(name) for name in ("torch", "accelerate", "elit-diffusion")}
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return {"versions": {"python": platform.python_version(), **packages}, "commit": commit.stdout.strip() or None}
 
 
 # ------------------------------------------------------------------------------------------------ the run directory

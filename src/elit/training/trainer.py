@@ -34,6 +34,7 @@ from elit.training.budgets import scaled_batch_size, training_levels
 from elit.training.config import TrainConfig
 from elit.training.objective import Objective
 from elit.training.optim import lr_factor, make_ema, make_optimizers, named_groups, set_lr
+from elit.training.provenance import provenance
 from elit.training.repa import Features, check_alignment, make_projector
 from elit.training.sharding import shard, whole
 from elit.training.speed import Speed, Speedometer, peak_flops
@@ -150,6 +151,7 @@ class Trainer:
         self.speedometer = Speedometer(self.model, peak and peak * self.accelerator.num_processes)
         self.last_speed: Speed | None = None
         self._batch_sizes: dict[int, int] = {}  # by level, where they are scaled
+        self.provenance = provenance()
         self.step = 0
         self.seen = 0  # samples, over all steps
         self.skipped = 0
@@ -207,7 +209,7 @@ class Trainer:
             ElitError: the disk is full; earlier checkpoints stay.
         """
         counts = {"seen": self.seen, "skipped": self.skipped, "seed": self.config.seed}
-        record = counts | {"scaler": self.scaler.state_dict()}
+        record = counts | {"scaler": self.scaler.state_dict()} | self.provenance
         state.save_checkpoint(self.run, self.step, self.trained, record, self.config.keep_checkpoints, self.is_main)
 
     def averaged(self) -> Model:
