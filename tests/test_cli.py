@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -13,6 +14,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+
+from elit import cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,12 +110,51 @@ def load(path: Path) -> Any:
         return torch.load(path, weights_only=True)
 
 
-def test_help() -> None:
-    assert {"quickstart", "train", "sample", "info", "convert"} <= set(elit("--help").stdout.split())
-    help_text = elit("sample", "--help").stdout
-    assert "--guidance-scale" in help_text
-    assert "fraction of the latents" in help_text
-    assert "weight-decay" in elit("train", "--help").stdout
+def subcommands(verbs: dict[str, Any], before: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    nested = [words for name, verb in verbs.items() if isinstance(verb, dict) for words in subcommands(verb, (name,))]
+    return [*((*before, name) for name in verbs), *nested]
+
+
+@pytest.mark.parametrize("words", subcommands(cli.VERBS), ids=" ".join)
+def test_every_option_is_described(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """Each verb has a help, in which no option lacks a description and all have dashes."""
+    with pytest.raises(SystemExit) as done:
+        cli.main([*words, "--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: elit {' '.join(words)} ")
+    options = [" ".join(option.split()) for option in re.split(r"\n  (?=--)", text)[1:]]
+    assert not [option for option in options if "_" in option.split()[0]]
+    # What stands before "(type: ...)" is the description, or else a placeholder such as STEPS, {a,b} or [ITEM,...].
+    assert not [option for option in options if re.search(r"[A-Z}\]] \((required, )?type:", option)]
+
+
+def test_options_have_dashes_or_underscores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("num_images: 3\nguidance_scale: 2\n")
+    settings = []
+    for spelling in ("--num-images=3 --guidance-scale 2", "--num_images 3 --guidance_scale=2", f"--config {config}"):
+        with pytest.raises(SystemExit):
+            cli.main(["sample", "--model", "x", *spelling.split(), "--print-config"])
+        settings.append(capsys.readouterr().out)
+    assert "num_images: 3" in settings[0] and "guidance_scale: 2.0" in settings[0]
+    assert settings[0] == settings[1] == settings[2]
+
+
+def test_evaluate_alone_scores_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--samples", str(tmp_path / "none"), "--reference", "digits", "--extractor", "digits")
+    for verb in (("evaluate",), ("evaluate", "samples")):
+        assert cli.main([*verb, *options, "--weights", str(tmp_path / "none")]) == 2
+        assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["model", "elit.by_noise", "elit", "model.fields"])
+def test_a_configuration_imports_nothing(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "payload.py").write_text("open('marker', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main(["train", f"--{option}", '{"class_path": "payload.X"}', "--out", "run"]) == 2
+    assert not (tmp_path / "marker").exists()
 
 
 @pytest.mark.parametrize(
@@ -124,12 +166,13 @@ def test_help() -> None:
         (("--budget", "0.5,0.5"), "lists 2 values for 3 sampling steps"),
         (("--labels", "[10]", "--num-images", "1"), "label 10 does not exist; the model knows 0..9"),
         (("--labels", "[1,2]", "--num-images", "3"), "labels lists 2 classes for 3 images"),
-        (("--num-images", "two"), "num_images: Expected a whole number"),
+        (("--num-images", "two"), "\"num_images\": Expected a <class 'int'>. Got value: two"),
         (("--num-images", "0"), "num_images and batch_size must be at least 1"),
         (("--guidance", "strong"), "guidance"),
         (("--guidance", "ccfg", "--guidance-budget", "2"), "the guidance budget is 2"),
         (("--out", "x.jpg"), "it must be a .png file, for clips .gif or .mp4, or a folder"),
-        (("--colour", "red"), "colour"),
+        (("--colour", "red"), "unrecognized arguments: --colour red"),
+        (("--num-image", "2"), "unrecognized arguments: --num_image 2"),
     ],
 )
 def test_wrong_options_of_sample(run: Path, tmp_path: Path, options: tuple[str, ...], words: str) -> None:
@@ -168,13 +211,13 @@ def test_wrong_settings_of_train(tmp_path: Path) -> None:
     assert "config" in refused("train", "--config", config)
     assert "missing.yaml" in refused("train", "--config", tmp_path / "missing.yaml")
     assert "unrecognized arguments: --model.nam" in refused("train", "--model.nam", "x")
-    assert "steps: Expected a whole number" in refused("train", "--steps", "many")
+    assert "\"steps\": Expected a <class 'int'>. Got value: many" in refused("train", "--steps", "many")
     fields = ("--model.fields", '{"group_size": 3}')
     assert "group size 3 does not divide" in refused("train", "--data", "digits", *fields, cwd=tmp_path)
-    assert "no verb is named 'foo'" in refused("foo")
-    assert "followed by budgets or guidance" in refused("analyze")
-    assert "give --samples, --reference" in refused("evaluate")
-    assert "give out" in refused("prepare", "encode", "x")
+    assert "invalid choice: 'foo' (choose from" in refused("foo")
+    assert "{budgets,guidance,steps,attention,cost}" in refused("analyze")
+    assert "evaluate.samples.reference" in refused("evaluate", "--samples", "x")
+    assert "prepare.encode.out" in refused("prepare", "encode", "x")
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
 
 

@@ -1,22 +1,22 @@
-"""The `elit` command: one verb, one function that anyone can also call.
+"""The `elit` command: every verb is one function that anyone can also call.
 
-Every option is a parameter of the function, and every parameter may come from ``--config FILE.yaml``.
+Each option is a parameter of the function, and each may also come from ``--config FILE.yaml``.
 """
 
+import copy
 import logging
-import re
 import sys
+from argparse import Action, ArgumentError
 from collections.abc import Callable, Sequence
-from inspect import signature
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from elit import __version__
 from elit.commands.analyze import analyze_attention, analyze_budgets, analyze_cost, analyze_guidance, analyze_steps
 from elit.commands.convert import convert_model
-from elit.commands.evaluate import evaluate, evaluate_compare, evaluate_reference
+from elit.commands.evaluate import evaluate_compare, evaluate_reference, evaluate_samples
 from elit.commands.info import info
 from elit.commands.plan import plan
 from elit.commands.prepare import prepare_convert, prepare_encode, prepare_verify
@@ -26,82 +26,97 @@ from elit.commands.train import train
 from elit.errors import ElitError
 from elit.training.config import TrainConfig
 
-VERBS: dict[str, Callable[..., object]] = {
+Verb = Callable[..., object]
+
+VERBS: dict[str, Verb | dict[str, Verb]] = {
     "quickstart": quickstart,
     "train": train,
     "sample": sample_images,
     "plan": plan,
-    "evaluate": evaluate,
-    "evaluate-reference": evaluate_reference,
-    "evaluate-compare": evaluate_compare,
-    "analyze-budgets": analyze_budgets,
-    "analyze-guidance": analyze_guidance,
-    "analyze-steps": analyze_steps,
-    "analyze-attention": analyze_attention,
-    "analyze-cost": analyze_cost,
+    "evaluate": {"samples": evaluate_samples, "reference": evaluate_reference, "compare": evaluate_compare},
+    "analyze": {
+        "budgets": analyze_budgets,
+        "guidance": analyze_guidance,
+        "steps": analyze_steps,
+        "attention": analyze_attention,
+        "cost": analyze_cost,
+    },
     "info": info,
     "convert": convert_model,
-    "prepare-convert": prepare_convert,
-    "prepare-encode": prepare_encode,
-    "prepare-verify": prepare_verify,
+    "prepare": {"convert": prepare_convert, "encode": prepare_encode, "verify": prepare_verify},
 }
 
-POSITIONAL = (
-    "info",
-    "convert",
-    "prepare-convert",
-    "prepare-encode",
-    "prepare-verify",
-    "evaluate-reference",
-    "evaluate-compare",
-)
-"""Verbs whose required options need no name."""
+SUMMARIES = {
+    "evaluate": "Score samples against real images, and compare the scores of several runs.",
+    "analyze": "Measure what each budget of a model costs and how good its samples are.",
+    "prepare": "Turn images of any size into what training reads.",
+}
+"""Of the verbs that are followed by another one."""
+
+DEFAULTS = {"evaluate": "samples"}
+"""``elit evaluate --samples ...`` is short for ``elit evaluate samples --samples ...``."""
+
+POSITIONAL = (info, convert_model, prepare_convert, prepare_encode, prepare_verify, evaluate_reference)
+"""Verbs whose required options are given without a name."""
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """Shows options with dashes, as they are usually typed."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = [option.replace("_", "-") for option in action.option_strings]
+        return super()._format_action_invocation(shown)
 
 
 class Parser(ArgumentParser):
-    """Errors in one sentence, options with dashes."""
+    """A parser that takes ``--strict`` for ``--strict true``."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ElitError(_sentence(str(ex or message)))
-
-    def format_help(self, *args: Any) -> str:
-        return re.sub(r"(?<=--)[a-z_.]+", lambda option: option[0].replace("_", "-"), super().format_help(*args))
+    def add_argument(self, *names: str, **settings: Any) -> Action:
+        if settings.get("type") is bool:
+            settings |= {"nargs": "?", "const": True}
+        return super().add_argument(*names, **settings)
 
 
 def make_parser() -> Parser:
-    """The parser of all verbs."""
+    """Makes the parser of all verbs."""
     parser = Parser(
         prog="elit",
         description="Elastic diffusion transformers: one set of weights, many budgets.",
         version=__version__,
         allow_abbrev=False,  # an option that is misspelt must not be taken for another
+        exit_on_error=False,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-    verbs = parser.add_subcommands(required=True, dest="verb")
-    for name in VERBS:
-        verbs.add_subcommand(name, _parser_of(name), help=_summary(name))
+    add_verbs(parser, VERBS)
     return parser
 
 
-def _parser_of(name: str) -> Parser:
-    """The parser of one verb."""
-    verb = Parser(description=_summary(name), usage=f"elit {name.replace('-', ' ')} [OPTIONS]")
-    verb.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below.")
-    if name == "train":
-        verb.add_class_arguments(TrainConfig, as_group=False)
-    elif name == "evaluate-compare":
-        verb.add_argument("results", type=Path, nargs="+", help="Files of elit evaluate, at least two.")
+def add_verbs(parser: Parser, verbs: dict[str, Any], before: str = "elit") -> None:
+    """Adds a subcommand to a parser for each verb, and their own subcommands to those."""
+    subcommands = parser.add_subcommands(required=True, dest="verb")
+    for name, verb in verbs.items():
+        nested = isinstance(verb, dict)
+        summary = SUMMARIES[name] if nested else (verb.__doc__ or "").splitlines()[0]
+        usage = f"{before} {name} {{{','.join(verb)}}} ..." if nested else f"{before} {name} [OPTIONS]"
+        subparser = Parser(description=summary, usage=usage)
+        subcommands.add_subcommand(name, subparser, help=summary)
+        if nested:
+            add_verbs(subparser, verb, f"{before} {name}")
+        else:
+            add_options(subparser, verb)
+
+
+def add_options(parser: Parser, verb: Verb) -> None:
+    """Adds the parameters of a verb to its parser."""
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below.")
+    if verb is train:
+        parser.add_class_arguments(TrainConfig, as_group=False)
+    elif verb is evaluate_compare:
+        parser.add_argument("results", type=Path, nargs="+", help="Files of elit evaluate, at least two.")
     else:
-        verb.add_function_arguments(VERBS[name], as_group=False, as_positional=name in POSITIONAL)
-        switches = {key for key, value in signature(VERBS[name]).parameters.items() if value.annotation is bool}
-        for action in verb._actions:
-            if action.dest in switches:
-                action.nargs, action.const = "?", True  # --strict is --strict true
-    return verb
-
-
-def _summary(name: str) -> str:
-    return (VERBS[name].__doc__ or "").splitlines()[0]
+        parser.add_function_arguments(verb, as_group=False, as_positional=verb in POSITIONAL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,26 +124,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [_with_underscores(a) for a in (sys.argv[1:] if argv is None else argv)]
     debug = "--debug" in arguments  # wherever it stands
     arguments = [a for a in arguments if a != "--debug"]
-    if "-".join(arguments[:2]) in VERBS:  # elit evaluate compare: a verb of two words
-        arguments[:2] = ["-".join(arguments[:2])]
-    elif seconds := _second_words(arguments):
-        print(f"elit: elit {arguments[0]} is followed by {' or '.join(seconds)}", file=sys.stderr)
-        return 2
     logging.basicConfig(format="%(message)s")
     logging.getLogger("elit").setLevel(logging.INFO)  # which model was found where
+    # No code but ours is imported because a configuration file names it.
+    set_parsing_settings(
+        import_path_denylist=["*"], import_path_allowlist=["elit"], instantiate_subclass_spec_in_any=False
+    )
     try:
-        parser = make_parser()
-        chosen = _instantiate(parser, arguments)
-        name, options = chosen.verb, chosen[chosen.verb]
-        values: dict[str, Any] = {k: v for k, v in vars(options).items() if k not in ("config", "__path__")}
-        if name == "train":
-            train(TrainConfig(**values))
-        else:
-            VERBS[name](**values)
-    except (ElitError, OSError) as error:
+        run(make_parser(), _with_default(arguments))
+    except (ElitError, ArgumentError, OSError) as error:
         if debug:
             raise
-        print(f"elit: {error}", file=sys.stderr)
+        print("elit:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nelit: interrupted", file=sys.stderr)
@@ -136,55 +143,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _second_words(arguments: list[str]) -> list[str]:
-    """Of a verb of two words whose second is missing or wrong."""
-    if not arguments or arguments[0] in VERBS:
-        return []
-    return [verb.partition("-")[2] for verb in VERBS if verb.partition("-")[0] == arguments[0]]
-
-
-def _instantiate(parser: Parser, arguments: list[str]) -> Namespace:
+def run(parser: Parser, arguments: Sequence[str]) -> None:
+    """Calls the function of the verb that the arguments name with the options that they give."""
     parsed = parser.parse_args(arguments)
     try:
-        return parser.instantiate(parsed)
-    except ValueError as error:  # what a dataclass of the configuration refuses
-        raise ElitError(_sentence(str(error))) from error
+        options = parser.instantiate(parsed)
+    except ValueError as error:  # a dataclass of the configuration refuses its values
+        raise ElitError(str(error)) from error
+    verb: Any = VERBS
+    while isinstance(verb, dict):
+        verb, options = verb[options.verb], options[options.verb]
+    values = _without_config(options)
+    train(TrainConfig(**values)) if verb is train else verb(**values)
+
+
+def _without_config(options: Namespace) -> dict[str, Any]:
+    return {key: value for key, value in vars(options).items() if key not in ("config", "__path__")}
+
+
+def _with_default(arguments: list[str]) -> list[str]:
+    """Puts in the second verb where the first one is followed by options alone."""
+    first, *rest = arguments or [""]
+    if first in DEFAULTS and rest and rest[0].startswith("--") and rest[0] != "--help":
+        return [first, DEFAULTS[first], *rest]
+    return arguments
 
 
 def _with_underscores(argument: str) -> str:
     """``--num-images=4`` -> ``--num_images=4``: parameters have underscores, options may have either."""
     option, equals, value = argument.partition("=")
     return option[:2] + option[2:].replace("-", "_") + equals + value if option.startswith("--") else argument
-
-
-def _sentence(message: str) -> str:
-    """What jsonargparse has to say, on one line and in plain words."""
-    text = " ".join(line.strip(" -") for line in message.splitlines())
-    # An option that may be left out is a union with None, of which a user need not hear.
-    union = r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: (.*?) Expected a <class 'None"
-    text = re.sub(f"{union}.*", r"\1", text)
-    text = re.sub(
-        r"Does not validate .*? Subtypes: \[(.*)\] Errors: .* Given value: ", r"Expected one of \1. Got value: ", text
-    )
-    text = text.replace(", <class 'NoneType'>", "")
-    text = re.sub(
-        r"argument verb: invalid choice: ('.*?') \(.*\)", r"no verb is named \1; elit --help lists them", text
-    )
-    text = re.sub(r"the following arguments are required: (.*)", _required, text)
-    text = re.sub(r"""Parser key ["']([\w.]+)["']:""", r"\1:", text)
-    for python, plain in (
-        ("<class 'int'>", "whole number"),
-        ("<class 'float'>", "number"),
-        ("typing.Literal", "choice of "),
-    ):
-        text = text.replace(python, plain)
-    return text if "--help" in text else f"{text} (see elit VERB --help)"
-
-
-def _required(found: re.Match[str]) -> str:
-    """``sample.model`` -> ``give --model``."""
-    names = [name.rpartition(".") for name in found[1].split(", ")]
-    return "give " + ", ".join(name if verb in POSITIONAL else f"--{name}" for verb, _, name in names)
 
 
 if __name__ == "__main__":

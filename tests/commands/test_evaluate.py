@@ -16,7 +16,7 @@ from PIL import Image
 
 from elit import ElitError
 from elit.cli import main
-from elit.commands.evaluate import evaluate, evaluate_compare, evaluate_reference
+from elit.commands.evaluate import evaluate_compare, evaluate_reference, evaluate_samples
 from elit.data import digits8
 from elit.data.pixels import to_uint8
 from elit.evaluation.classifier import Classifier, classify
@@ -53,7 +53,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def scores(files: Path, samples: object, out: Path, reference: object = "digits8:held-out") -> dict[str, object]:
-    found = evaluate(str(samples), str(reference), "digits8", str(files / "weights.safetensors"), out=out)
+    found = evaluate_samples(str(samples), str(reference), "digits8", str(files / "weights.safetensors"), out=out)
     assert found is not None
     assert json.loads(out.read_text()) == found
     return found

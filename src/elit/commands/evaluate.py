@@ -19,7 +19,7 @@ ExtractorName = Literal["inception", "dinov2", "digits", "digits8"]
 DIGITS = 6  # of a number in a table
 
 
-def evaluate(
+def evaluate_samples(
     samples: str,
     reference: str,
     extractor: ExtractorName = "inception",

@@ -18,7 +18,8 @@ class TimeDensity:
     Attributes:
         kind: ``uniform`` in t, or ``logit-normal``: log(sigma / alpha) is normal (linear path: t = sigmoid(n), Esser
             et al. 2024; any path sees the same noise levels).
-        mean, std: of the logit-normal.
+        mean: mean of the normal behind the logit-normal.
+        std: its standard deviation.
         shift: multiplies sigma / alpha; above 1 it moves times towards noise, as large images want.
     """
 
