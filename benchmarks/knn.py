@@ -13,7 +13,7 @@ from jsonargparse import auto_cli
 
 from elit.analysis.environment import environment
 from elit.evaluation import precision_recall
-from elit.seeding import generator
+from elit.seeding import generator, normal
 
 
 def benchmark(samples: int = 50_000, reference: int = 10_000, features: int = 2048, threads: int = 1) -> None:
@@ -26,7 +26,7 @@ def benchmark(samples: int = 50_000, reference: int = 10_000, features: int = 20
         threads: of the processor.
     """
     torch.set_num_threads(threads)
-    ours, theirs = (torch.randn(n, features, generator=generator("knn", n)) for n in (samples, reference))
+    ours, theirs = (normal(generator("knn", n), (n, features)) for n in (samples, reference))
     before, start = peak(), time.perf_counter()
     precision_recall(ours, theirs)
     seconds = time.perf_counter() - start

@@ -13,7 +13,7 @@ from jsonargparse import auto_cli
 
 from elit.analysis.environment import environment
 from elit.data import Data, batch_indices, open_data
-from elit.seeding import generator
+from elit.seeding import derive_seed
 
 
 def benchmark(data: list[str], batch_size: int = 256, batches: int = 20, threads: int = 1) -> None:
@@ -40,7 +40,7 @@ def times_of_a_batch(data: Data, batch_size: int, batches: int) -> tuple[float, 
     waited, worked = [], []
     for step in range(batches + 1):
         start, before = time.perf_counter(), time.process_time()
-        data.batch(batch_indices(0, step, batch_size, len(data)), generator(0, "data", step))
+        data.batch(batch_indices(0, step, batch_size, len(data)), derive_seed(0, "data", step))
         waited.append(time.perf_counter() - start)
         worked.append(time.process_time() - before)
     return median(waited[1:]), median(worked[1:])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from common import ELASTIC, Setting, Variant, compare
 from elit.interface import LatentInterface, Spatial, TokenGrid
 from elit.layers import Rotary
-from elit.seeding import generator
+from elit.seeding import generator, permutation
 from elit.training import Trainer
 
 
@@ -43,7 +43,7 @@ def drop_at_random(trainer: Trainer) -> None:
 
     def draw(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rng = generator(trainer.config.seed, "random dropping", trainer.step)
-        interface.order = torch.randperm(interface.num_latents, generator=rng)
+        interface.order = permutation(rng, interface.num_latents)
 
     trainer.model.register_forward_pre_hook(draw)
 

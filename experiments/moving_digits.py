@@ -12,7 +12,7 @@ from torch import Tensor
 
 import elit
 from elit.data import moving_digits
-from elit.seeding import generator
+from elit.seeding import generator, uniform
 
 GUIDANCE = elit.Guidance("cfg", scale=2.0)
 
@@ -35,7 +35,7 @@ def measure(run: str = "runs/moving-digits", samples: int = 40) -> None:
     model = elit.load(run)
     labels = torch.arange(samples) % model.config.num_classes
     real = moving_digits(held_out=True).images[:samples]
-    order = torch.rand(samples, real.shape[2], generator=generator(0, "order of frames")).argsort(1)
+    order = uniform(generator(0, "order of frames"), (samples, real.shape[2])).argsort(1)
     kinds = {
         "samples": elit.sample(model, labels, steps=16, guidance=GUIDANCE),
         "held out": real,

@@ -24,7 +24,7 @@ from elit.commands.quickstart import RECIPE
 from elit.data import ImageData
 from elit.flow import flow_matching_error, path_named
 from elit.models import Model
-from elit.seeding import generator
+from elit.seeding import generator, normal
 from elit.training import ElasticConfig
 from photographs import SIDE, photographs
 
@@ -68,7 +68,7 @@ def content_loss(model: Model, padded: bool, batch_size: int = 300) -> float:
     for indices in torch.arange(len(data)).split(batch_size):
         rng = generator("padding", int(indices[0]))
         t = RECIPE.times.draw(len(indices), path, rng)
-        canvas = torch.randn(len(indices), 3, SIDE + 2 * BORDER, SIDE + 2 * BORDER, generator=rng)
+        canvas = normal(rng, (len(indices), 3, SIDE + 2 * BORDER, SIDE + 2 * BORDER))
         x, y = (pad(data) if padded else data).batch(indices)
         x, y, t, noise = (v.to(model.device) for v in (x, y, t, canvas if padded else crop(canvas)))
         error = flow_matching_error(partial(model, y=y, budget=budget_of(model)), x, t, noise, path)
@@ -80,7 +80,7 @@ def content_attention(model: Model) -> float:
     """Share of Read's attention that goes to the tokens of the crop, a quarter of all, in padded held-out images."""
     data = pad(photographs(held_out=True))
     x, y = (v.to(model.device) for v in data.batch(torch.arange(0, len(data), 4)))
-    noise = torch.randn(x.shape, generator=generator("padding", "attention")).to(model.device)
+    noise = normal(generator("padding", "attention"), x.shape, model.device)
     maps = attention_maps(model, x, y, ATTENTION_TIME, noise, BUDGET)
     edge = BORDER // PATCH
     content = maps.attention[:, edge:-edge, edge:-edge]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from elit.data import ImageData
 from elit.data.pixels import from_uint8
-from elit.seeding import generator
+from elit.seeding import generator, integers
 
 SIDE = 16  # pixels
 TRAIN, HELD_OUT = 4000, 400  # crops per photograph
@@ -38,8 +38,8 @@ def photographs(held_out: bool = False) -> ImageData:
         height, width = image.shape[1:]
         left, right = (3 * width // 4, width) if held_out else (0, 3 * width // 4)
         rng = generator("photographs", label, int(held_out))
-        rows = torch.randint(height - SIDE + 1, (count,), generator=rng).tolist()
-        columns = torch.randint(left, right - SIDE + 1, (count,), generator=rng).tolist()
+        rows = integers(rng, height - SIDE + 1, count).tolist()
+        columns = (left + integers(rng, right - SIDE + 1 - left, count)).tolist()
         crops += [image[:, r : r + SIDE, c : c + SIDE] for r, c in zip(rows, columns, strict=True)]
     labels = torch.arange(3).repeat_interleave(count)
     return ImageData(torch.stack(crops), labels, 3)

@@ -18,6 +18,7 @@ from elit.analysis.calibration import Calibration, Option, calibrate, thinned
 from elit.analysis.plan import Plan, alternatives, constant, knapsack, predict, solve
 from elit.errors import ElitError
 from elit.models import MMDiT, MMDiTConfig, Model
+from elit.seeding import generator, normal
 from tests.helpers.models import TINY, inputs, randomize, tiny
 
 LABELS = [3, 1, 4]
@@ -130,7 +131,7 @@ def _scaled() -> Option:
 def test_error_of_a_step_is_what_it_does_to_samples(model: Model, plain: Calibration) -> None:
     """One step at the lowest level, the others at full budget, drawn by the sampler itself."""
     steps, low = calibrating.NOISE_LEVELS, plain.levels[0] / model.num_latents
-    noise = torch.randn(3, *model.input_shape(), generator=calibrating.generator(0, "calibration"))
+    noise = normal(generator(0, "calibration"), (3, *model.input_shape()))
     draw = partial(elit.sample, model, LABELS, noise=noise, steps=steps)
     full = draw()
     for at in range(steps - 1):

@@ -16,7 +16,6 @@ from elit.data.captions import WordVectors
 from elit.data.clips import write_video
 from elit.data.text import TextEncoder
 from elit.models import MMDiT
-from elit.seeding import generator
 from tests.helpers.small_autoencoder import save_autoencoder
 from tests.helpers.small_text_encoder import save_text_encoder
 
@@ -96,7 +95,7 @@ def test_captions_stay_with_images_and_latents(tmp_path: Path) -> None:
     direct = open_data(f"{tmp_path / 'images'}@{tmp_path / 'autoencoder'}")
     assert captions_in(direct) == kept
     indices = torch.tensor([2, 4])
-    noisy, again = (direct.batch(indices, generator(3, "noise"))[0] for _ in range(2))
+    noisy, again = (direct.batch(indices, 3)[0] for _ in range(2))
     assert torch.equal(noisy, again)
     assert (noisy - direct.batch(indices)[0]).abs().max() > 1e-4  # a draw of the posterior, not its mean
 
@@ -164,7 +163,7 @@ def test_clips_are_encoded(tmp_path: Path) -> None:
     data = open_data(f"{name}@5x8x8@{tmp_path / 'autoencoder'}")
     assert isinstance(data, EncodedFolder)
     assert (data.shape, data.num_classes) == ((4, 3, 4, 4), 2)  # 5 frames are 1 and 2 times 2
-    x, labels = data.batch(torch.tensor([1, 0]), generator(0, "noise"))
+    x, labels = data.batch(torch.tensor([1, 0]), 0)
     assert x.shape == (2, 4, 3, 4, 4)
     assert labels.tolist() == [1, 0]
 

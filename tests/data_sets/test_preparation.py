@@ -19,7 +19,6 @@ from elit import ElitError
 from elit.commands.prepare import prepare_convert, prepare_encode, prepare_verify
 from elit.data import Data, EncodedFolder, ImageFolder, LatentShards, PublishedLatents, batch_indices, open_data
 from elit.data.sources import find_images
-from elit.seeding import generator
 from tests.helpers.pictures import write_pictures
 from tests.helpers.small_autoencoder import save_autoencoder
 
@@ -218,17 +217,17 @@ def test_flips_follow_their_images(prepared: Prepared, tmp_path: Path) -> None:
     assert torch.equal(data.labels[::2], data.labels[1::2])
 
 
-def test_draws_depend_on_the_generator_and_the_index_alone(prepared: Prepared) -> None:
+def test_draws_depend_on_the_seed_and_the_index_alone(prepared: Prepared) -> None:
     data = LatentShards(prepared.latents)
     mean, std = data.moments(INDICES)
     assert torch.equal(data.batch(INDICES)[0], mean * 0.18215)
-    x, y = data.batch(INDICES, generator(7))
-    assert torch.equal(x, data.batch(INDICES, generator(7))[0])
-    assert not torch.equal(x, data.batch(INDICES, generator(8))[0])
-    halves = [data.batch(part, generator(7)) for part in INDICES.split(2)]  # as processes share a batch
+    x, y = data.batch(INDICES, 7)
+    assert torch.equal(x, data.batch(INDICES, 7)[0])
+    assert not torch.equal(x, data.batch(INDICES, 8)[0])
+    halves = [data.batch(part, 7) for part in INDICES.split(2)]  # as processes share a batch
     assert torch.equal(x, torch.cat([half[0] for half in halves]))
     assert torch.equal(y, torch.cat([half[1] for half in halves]))
-    draws = torch.stack([(data.batch(INDICES, generator(i))[0] / 0.18215 - mean) / std for i in range(200)])
+    draws = torch.stack([(data.batch(INDICES, i)[0] / 0.18215 - mean) / std for i in range(200)])
     assert draws.numel() == 200 * 6 * 256
     assert abs(float(draws.mean())) < 5 / draws.numel() ** 0.5  # five standard errors
     assert abs(float(draws.var()) - 1) < 5 * (2 / draws.numel()) ** 0.5
@@ -264,7 +263,7 @@ def test_the_published_layout_gives_the_same_batches(
 
 def batch(data: Data, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """As the trainer asks for it."""
-    return data.batch(batch_indices(0, step, 16, len(data)), generator(0, "data", step))
+    return data.batch(batch_indices(0, step, 16, len(data)), step)
 
 
 def test_encoding_on_the_fly_gives_the_same_batches(prepared: Prepared) -> None:
@@ -353,11 +352,11 @@ def test_flips_are_of_the_step_and_the_image(prepared: Prepared) -> None:
     assert (flipped.shape, flipped.num_classes, len(flipped)) == (plain.shape, plain.num_classes, len(plain))
     indices = torch.arange(57)
     expected, labels = plain.batch(indices)
-    assert torch.equal(flipped.batch(indices)[0], expected)  # nothing by chance without a generator
+    assert torch.equal(flipped.batch(indices)[0], expected)  # nothing by chance without a seed
     mirrored = 0
     for step in range(8):
-        x, y = flipped.batch(indices, generator(0, "data", step))
-        halves = [flipped.batch(part, generator(0, "data", step))[0] for part in indices.split(20)]
+        x, y = flipped.batch(indices, step)
+        halves = [flipped.batch(part, step)[0] for part in indices.split(20)]
         assert torch.equal(x, torch.cat(halves))  # however processes share it
         assert torch.equal(y, labels)
         for image, original in zip(x, expected, strict=True):

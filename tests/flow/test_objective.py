@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from elit.flow import PATHS, flow_matching_error, flow_matching_loss, per_token
-from elit.seeding import generator
+from elit.seeding import generator, normal
 from tests.helpers.models import inputs, tiny
 
 
@@ -51,7 +51,7 @@ def test_the_true_velocity_of_a_pair_has_no_loss(path: object) -> None:
 def test_the_best_constant_has_the_variance_of_the_target_as_loss() -> None:
     """Of zero-mean data with variance 4: E |noise - x|^2 = 5 for an answer of zero."""
     draws = generator(0, "objective")
-    x, noise = 2 * torch.randn(2000, 16, generator=draws), torch.randn(2000, 16, generator=draws)
+    x, noise = 2 * normal(draws, (2000, 16)), normal(draws, (2000, 16))
     loss = flow_matching_loss(lambda x, t: torch.zeros_like(x), x, torch.rand(2000), noise, PATHS["linear"])
     assert loss.mean().item() == pytest.approx(5.0, rel=0.03)  # standard error sqrt(2 / 32,000), 0.8 %
 

@@ -10,7 +10,7 @@ import elit
 from elit import ElitError, Guidance
 from elit.flow import StepInfo
 from elit.interface import InterfaceConfig
-from elit.seeding import generator
+from elit.seeding import generator, normal
 from tests.helpers.models import Recorder, tiny
 
 SEEDS = [5, 0, 123456789012, 7, 2, 3, 11]
@@ -87,9 +87,9 @@ def test_labels_and_seeds_may_be_tensors() -> None:
 
 
 def test_the_start_is_the_noise_of_each_seed() -> None:
-    """Also what a user can make: randn of the generator of (seed, "start")."""
+    """Also what a user can make: normal numbers of the generator of (seed, "start")."""
     model = Recorder(lambda x, t, y, budget: x * 0)
-    start = torch.stack([torch.randn(model.input_shape(), generator=generator(seed, "start")) for seed in SEEDS])
+    start = torch.stack([normal(generator(seed, "start"), model.input_shape()) for seed in SEEDS])
     assert torch.equal(elit.sample(model, LABELS, seeds=SEEDS, steps=3), start)
     noise = torch.randn(7, *model.input_shape())
     assert torch.equal(elit.sample(model, LABELS, noise=noise, steps=3), noise)
@@ -98,7 +98,7 @@ def test_the_start_is_the_noise_of_each_seed() -> None:
 
 def test_noise_takes_the_place_of_that_of_the_seeds() -> None:
     model = tiny()
-    start = torch.stack([torch.randn(model.input_shape(), generator=generator(seed, "start")) for seed in SEEDS])
+    start = torch.stack([normal(generator(seed, "start"), model.input_shape()) for seed in SEEDS])
     for solver in ("euler", "sde"):
         by_noise = elit.sample(model, LABELS, seeds=SEEDS, noise=start, steps=3, solver=solver)
         assert torch.equal(by_noise, elit.sample(model, LABELS, seeds=SEEDS, steps=3, solver=solver))
@@ -124,8 +124,8 @@ def test_every_step_of_the_sde_has_a_draw_of_its_own() -> None:
     end = elit.sample(model, [0, 0], seeds=[4, 9], steps=3, solver="sde")
     times = [1.0, 0.52, 0.04, 0.0]
     for sample, seed in zip(end, (4, 9), strict=True):
-        draws = [torch.randn(2, 4, 4, generator=generator(seed, f"step {i}")).double() for i in range(2)]
-        x = torch.randn(2, 4, 4, generator=generator(seed, "start")).double()
+        draws = [normal(generator(seed, f"step {i}"), (2, 4, 4)).double() for i in range(2)]
+        x = normal(generator(seed, "start"), (2, 4, 4)).double()
         for step, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
             x = x + (t_next - t) * x  # drift -t * score, and the score is -x / t
             if step < 2:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from elit import ElitError
 from elit.flow import PATHS, Path, TimeDensity
-from elit.seeding import generator
+from elit.seeding import generator, normal
 
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 COUNT = 40_000
@@ -37,8 +37,8 @@ def test_logit_normal_times_have_normal_log_ratios(path: Path, shift: float, mea
 
 def test_logit_normal_on_the_linear_path_is_a_sigmoid_of_a_normal() -> None:
     t = TimeDensity().draw(COUNT, PATHS["linear"], generator(1, "times"))
-    normal = torch.randn(COUNT, generator=generator(1, "times"))
-    torch.testing.assert_close(t, 1 / (1 + (-normal).exp()), rtol=0, atol=1e-6)
+    drawn = normal(generator(1, "times"), COUNT)
+    torch.testing.assert_close(t, 1 / (1 + (-drawn).exp()), rtol=0, atol=1e-6)
     assert t.mean().item() == pytest.approx(0.5, abs=0.005)  # standard error 0.001
 
 

@@ -49,12 +49,12 @@ def test_alignment_is_the_mean_cosine_of_projected_tokens(tmp_path: Path, encode
     trainer = Trainer(aligned(tmp_path / "run", encoder, steps=1, batch_size=3, label_dropout=0.0, repa=RepaConfig(
         encoder, depth=1, coefficient=0.0)))  # fmt: skip
     from elit.data import sample_indices
-    from elit.seeding import generator
+    from elit.seeding import derive_seed
     from elit.training.batch import draw
 
     indices = sample_indices(0, 0, 3, len(trainer.data))
     x, y = trainer.data.batch(indices)
-    draws = draw(trainer.config, trainer.model, trainer.path, generator(0, "step", 0), 3)
+    draws, _ = draw(trainer.config, trainer.model, trainer.path, derive_seed(0, "step", 0), 3)
     hidden: list[torch.Tensor] = []
     trainer.model.blocks[0].register_forward_hook(lambda module, inputs, output: hidden.append(output))
     at = draws.t.view(3, 1, 1, 1)

@@ -76,8 +76,8 @@ def test_plain_transformer_trains(tmp_path: Path) -> None:
 class Poisoned(ImageData):
     """Data whose batches are not finite from some call on."""
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        x, y = super().batch(indices, generator)
+    def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+        x, y = super().batch(indices, seed)
         return x * float("nan"), y
 
 

@@ -28,7 +28,7 @@ from elit.flow.guidance import model_velocity, weak_budget
 from elit.flow.solvers import StepInfo, Velocity, solver_named, time_grid
 from elit.models import Model
 from elit.models.dfm import DFM
-from elit.seeding import generator
+from elit.seeding import generator, normal
 
 NOISE_LEVELS = 8  # at which the velocity is compared, evenly from t = 1
 STEP_COUNTS = (2, 4, 8, 16, 32)  # at which the discretisation error is measured; it is a power law in between
@@ -226,8 +226,7 @@ class _Probe:
         self.weak = weak_budget(model, guidance) if guidance else None
         self.y = None if labels is None else _cycled(model.as_condition(labels), num_samples)
         self.null = None if self.y is None else model.null_condition(self.y)
-        rng = generator(seed, "calibration")
-        start = torch.randn(num_samples, *model.input_shape(), generator=rng)
+        start = normal(generator(seed, "calibration"), (num_samples, *model.input_shape()))
         self.start = start.to(model.device, torch.float64)
         self.times = torch.linspace(1, 0, NOISE_LEVELS + 1, dtype=torch.float64)[:-1].tolist()
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -38,7 +37,7 @@ from elit.errors import ElitError
 from elit.evaluation import Quality, losses_by_budget
 from elit.flow import Guidance, TimeDensity
 from elit.models import DFM
-from elit.seeding import generator
+from elit.seeding import generator, normal
 
 OUT = Path("runs/analysis")
 CLOSE = 1.1  # a setting whose distance is at most this times the best one is recommended for its cost
@@ -354,7 +353,7 @@ def analyze_attention(
     assert held_out is not None
     x, y = held_out.batch(some_of(held_out, images))
     condition = net.as_condition(y) if net.conditional else None
-    noises = torch.randn(draws, *x.shape, generator=generator(seed, "attention"))
+    noises = normal(generator(seed, "attention"), (draws, *x.shape))
     x, noises = x.to(net.device, net.dtype), noises.to(net.device, net.dtype)
     maps = [mean_maps(net, x, condition, t, noises, budget, path) for t in times]
     found = [correlate(each) for each in maps]

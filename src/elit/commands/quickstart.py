@@ -21,7 +21,7 @@ from elit.evaluation import Classifier, Judge, losses_by_budget, nearest_distanc
 from elit.flow import Guidance
 from elit.models import Model
 from elit.models.files import checkpoints, load
-from elit.seeding import generator
+from elit.seeding import generator, normal, permutation
 from elit.training import ElasticConfig, ModelChoice, OptimizerConfig, TrainConfig, Trainer
 
 BUDGETS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -82,7 +82,7 @@ def measure_references(judge: Judge, train: Data, held_out: Data) -> dict[str, A
     """Quality of real images: as many training images as there are samples, and held-out ones."""
     references = {}
     for name, data in (("training images", train), ("held-out images", held_out)):
-        chosen = torch.randperm(len(data), generator=generator("reference", name))[:NUM_SAMPLES]
+        chosen = permutation(generator("reference", name), len(data))[:NUM_SAMPLES]
         references[name] = asdict(judge(*data.batch(chosen)))
     return references
 
@@ -90,7 +90,7 @@ def measure_references(judge: Judge, train: Data, held_out: Data) -> dict[str, A
 def measure_copying(images: Tensor, train: Data, held_out: Data) -> dict[str, float]:
     """Median pixel distance to the nearest training image, of samples and of held-out images."""
     known, _ = train.batch(torch.arange(len(train)))
-    chosen = torch.randperm(len(held_out), generator=generator("copying"))[: len(images)]
+    chosen = permutation(generator("copying"), len(held_out))[: len(images)]
     unseen, _ = held_out.batch(chosen)
     to_samples, to_unseen = nearest_distance(images, known), nearest_distance(unseen, known)
     return {
@@ -108,7 +108,7 @@ def measure_attention(model: Model, held_out: Data) -> tuple[dict[str, Any], tup
     """
     placements = len(held_out) // ATTENTION_IMAGES
     x, y = held_out.batch(torch.arange(ATTENTION_IMAGES) * placements + torch.arange(ATTENTION_IMAGES) % placements)
-    noises = torch.randn(ATTENTION_DRAWS, *x.shape, generator=generator("attention"))
+    noises = normal(generator("attention"), (ATTENTION_DRAWS, *x.shape))
     maps = mean_maps(model, x, y, ATTENTION_TIME, noises)
     found = correlate(maps)
     result = {"same image": asdict(found.same_image), "another image": asdict(found.another_image)}

@@ -19,7 +19,7 @@ from elit.evaluation import Judge, Quality, train_classifier
 from elit.interface import check_budget
 from elit.models import Model
 from elit.models.files import load
-from elit.seeding import generator
+from elit.seeding import generator, permutation
 
 SHOWN = 10  # samples in a row of a grid
 REFERENCES = 1000  # real images that are judged beside samples
@@ -91,7 +91,7 @@ def open_subject(
 
 def some_of(data: Data, count: int) -> Tensor:
     """Indices of so many samples, drawn once and for all: neighbours in a data set may be much alike."""
-    return torch.randperm(len(data), generator=generator("reference", "held-out images"))[:count]
+    return permutation(generator("reference", "held-out images"), len(data))[:count]
 
 
 def budgets_of(model: Model, given: Sequence[float] | None) -> list[float]:

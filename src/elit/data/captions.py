@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from elit.conditions import Text, map_condition
 from elit.data.dataset import Data
 from elit.data.digits import digits
-from elit.seeding import generator
+from elit.seeding import generator, normal
 
 NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = tuple(f"a handwritten {numeral}" for numeral in NUMERALS)
@@ -40,13 +40,13 @@ class Captioned:
     def __len__(self) -> int:
         return len(self.data)
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Text]:
+    def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Text]:
         """Samples (B, C, H, W) and their captions at indices (B,)."""
         wanted = [self.captions[i] for i in indices.tolist()]
         place = {caption: i for i, caption in enumerate(dict.fromkeys(wanted))}
         rows = torch.tensor([place[caption] for caption in wanted])
         text = map_condition(lambda values: values[rows.to(values.device)], self.encode(list(place)))
-        return self.data.batch(indices, generator)[0], text
+        return self.data.batch(indices, seed)[0], text
 
 
 class WordVectors:
@@ -71,7 +71,7 @@ class WordVectors:
 @lru_cache(maxsize=100_000)
 def word_vector(word: str, width: int) -> Tensor:
     """The random vector of a word (width,)."""
-    return torch.randn(width, generator=generator("word", word)) if word else torch.zeros(width)
+    return normal(generator("word", word), width) if word else torch.zeros(width)
 
 
 def captioned_digits(held_out: bool = False) -> Captioned:

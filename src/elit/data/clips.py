@@ -77,7 +77,7 @@ class ClipFolder:
     def __len__(self) -> int:
         return len(self.videos)
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
         """Clips (B, 3, T, H, W) in [-1, 1] and labels (B,) at indices (B,)."""
         return torch.stack([self.clip(self.videos[i]) for i in indices.tolist()]), self.labels[indices]
 

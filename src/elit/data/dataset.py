@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -22,12 +21,12 @@ class Data(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Any]:
+    def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Any]:
         """Samples (B, C, H, W) and labels (B,), or :class:`~elit.conditions.Text`, at indices (B,).
 
-        Data with chance in it (latents of a posterior) draws it from the generator on the CPU. What a sample becomes
-        depends on the generator and its own index alone, so that any number of processes that share a batch see the
-        same. Without a generator there is no chance: a posterior gives its mean. Unlabelled data has labels 0.
+        Data with chance in it (latents of a posterior, mirror images) derives it from the seed and the index of each
+        sample, so that processes that share a batch see the same samples as one process alone. Without a seed there is
+        no chance: a posterior gives its mean. Unlabelled data has labels 0.
         """
         ...
 
@@ -53,5 +52,5 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
         return self.images[indices], self.labels[indices]

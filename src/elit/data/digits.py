@@ -12,7 +12,7 @@ from torch import Tensor
 
 from elit.data.dataset import ImageData
 from elit.errors import ElitError
-from elit.seeding import generator
+from elit.seeding import torch_seeded
 
 NUM_CLASSES = 10
 HELD_OUT = 360  # of 1797 digits; all nine placements of a digit are on the same side of the split
@@ -28,7 +28,8 @@ def _raw() -> tuple[Tensor, Tensor]:
     except ImportError as error:
         raise ElitError("the digits come with scikit-learn: pip install 'elit-diffusion[quickstart]'") from error
     data = load_digits()
-    order = torch.randperm(len(data.target), generator=generator("digits"))
+    with torch_seeded("digits"):
+        order = torch.randperm(len(data.target))
     images = torch.from_numpy(data.images).float()[:, None] / 16
     return images[order], torch.from_numpy(data.target)[order].long()
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from elit.data.dataset import Data
-from elit.seeding import derive_seed, drawn_seed
+from elit.seeding import derive_seed
 
 
 class Flipped:
-    """Pixels, each sample mirrored left to right with probability 1/2: by the generator and its index alone.
+    """Pixels, each sample mirrored left to right with probability 1/2: by the seed and its index alone.
 
     Args:
         data: samples (C, ..., W).
@@ -30,11 +30,10 @@ class Flipped:
     def __len__(self) -> int:
         return len(self.data)
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Any]:
-        """As of the data, (B, C, ..., W); not mirrored without a generator."""
-        x, y = self.data.batch(indices, generator)
-        if generator is None:
+    def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Any]:
+        """As of the data, (B, C, ..., W); not mirrored without a seed."""
+        x, y = self.data.batch(indices, seed)
+        if seed is None:
             return x, y
-        seed = drawn_seed(generator)
         mirrored = torch.tensor([bool(derive_seed(seed, "flip", index) % 2) for index in indices.tolist()])
         return torch.where(mirrored.view(-1, *(1,) * (x.dim() - 1)), x.flip(-1), x), y

@@ -38,7 +38,7 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.source)
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
         """Images (B, 3, R, R) in [-1, 1] and labels (B,). There is no chance in them."""
         return to_signed(self.pixels(indices)), self.labels[indices]
 

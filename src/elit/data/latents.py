@@ -12,13 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from elit import seeding
 from elit.data.autoencoder import load_autoencoder, posterior, scaling
 from elit.data.clips import ClipFolder
 from elit.data.folder import ImageFolder
 from elit.data.sources import LABELS, count_classes, labels_of, parse_labels
 from elit.errors import ElitError
 from elit.launch import own_device
+from elit.seeding import normals
 
 INDEX = "index.json"
 PUBLISHED = "vae-sd"
@@ -49,18 +49,16 @@ class LatentData(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Scaled latents (B, C, h, w) and labels (B,); the mean without a generator."""
+    def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+        """Scaled latents (B, C, h, w) and labels (B,); the mean without a seed."""
         mean, std = self.moments(indices)
-        latents = mean if generator is None else mean + std * self._noise(indices, generator).to(std.device)
+        latents = mean if seed is None else mean + std * self._noise(indices, seed).to(std.device)
         scale, shift = self.scaling
         return (latents - shift) * scale, self.labels[indices]
 
-    def _noise(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """Unit noise (B, C, h, w): one draw of the generator makes the seed, and each index its own noise."""
-        seed = seeding.drawn_seed(generator)
-        draws = [seeding.generator(seed, "posterior", index) for index in indices.tolist()]
-        return torch.stack([torch.randn(self.shape, generator=draw) for draw in draws])
+    def _noise(self, indices: Tensor, seed: int) -> Tensor:
+        """Draws unit noise (B, C, h, w), for each index its own."""
+        return normals([(seed, "posterior", index) for index in indices.tolist()], self.shape)
 
 
 class LatentShards(LatentData):

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from elit.data.dataset import ImageData
 from elit.data.digits import NUM_CLASSES, digits8
-from elit.seeding import generator
+from elit.seeding import generator, integers
 
 FRAMES, CANVAS = 8, 16
 PATHS = 2  # per digit
@@ -20,9 +20,9 @@ def moving_digits(held_out: bool = False) -> ImageData:
     raw = digits8(held_out)
     images, labels = (x.repeat_interleave(PATHS, dim=0) for x in (raw.images, raw.labels))
     side = images.shape[-1]
-    draws = generator("moving digits", held_out)
-    start = torch.randint(CANVAS - side + 1, (len(images), 2), generator=draws)
-    direction = torch.randint(8, (len(images),), generator=draws)
+    draws = generator("moving digits", int(held_out))
+    start = integers(draws, CANVAS - side + 1, (len(images), 2))
+    direction = integers(draws, 8, len(images))
     direction = direction + (direction >= 4)  # of nine, all but the middle
     step = torch.stack((direction // 3 - 1, direction % 3 - 1), dim=1)
     clips = torch.full((len(images), 1, FRAMES, CANVAS, CANVAS), -1.0)

@@ -5,13 +5,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from elit.seeding import generator
+from elit import seeding
 
 
 @lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, length: int) -> Tensor:
     """The order of one epoch: (length,) indices."""
-    return torch.randperm(length, generator=generator(seed, "epoch", epoch))
+    return seeding.permutation(seeding.generator(seed, "epoch", epoch), length)
 
 
 def batch_indices(seed: int, step: int, batch_size: int, length: int) -> Tensor:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elit.data import Data, batch_indices
-from elit.seeding import derive_seed, generator
+from elit.seeding import generator, normal, torch_seeded
 
 
 class Classifier(nn.Module):
@@ -33,14 +33,13 @@ class Classifier(nn.Module):
 
 def train_classifier(data: Data, seed: int = 0, steps: int = 1000, batch_size: int = 128) -> Classifier:
     """Trains on real images; the same seed gives the same classifier."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "classifier"))
+    with torch_seeded(seed, "classifier"):
         model = Classifier(data.shape[0], data.num_classes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
     for step in range(steps):
         x, y = data.batch(batch_indices(seed, step, batch_size, len(data)))
-        x = x + 0.05 * torch.randn(x.shape, generator=generator(seed, "jitter", step))
+        x = x + 0.05 * normal(generator(seed, "jitter", step), x.shape)
         loss = F.cross_entropy(model(x)[0], y)
         optimizer.zero_grad()
         loss.backward()

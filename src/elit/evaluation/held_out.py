@@ -11,7 +11,7 @@ from elit.conditions import map_condition
 from elit.data import Data
 from elit.flow import TimeDensity, flow_matching_loss, path_named
 from elit.models import Model
-from elit.seeding import generator
+from elit.seeding import generator, normal
 
 
 @torch.inference_mode()
@@ -36,7 +36,7 @@ def held_out_loss(
             x, y = data.batch(torch.arange(start, min(start + batch_size, len(data))))
             rng = generator(seed, "held-out", draw, start)
             t = times.draw(len(x), path_named(path), rng)
-            noise = torch.randn(x.shape, generator=rng)
+            noise = normal(rng, x.shape)
             x, t, noise = (part.to(model.device) for part in (x, t, noise))
             labels = map_condition(lambda v: v.to(model.device), y) if model.conditional else None
             velocity = partial(model, y=labels, budget=budget)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -82,14 +83,14 @@ class StageDensity:
         if not self.weights or min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf:
             raise ElitError(f"stage weights {list(self.weights)} must be positive, one per stage")
 
-    def draw(self, count: int, path: Path, generator: torch.Generator) -> tuple[Tensor, int]:
-        """Times (count, S) in float32, 1 for the stages that are masked, and the number of active stages."""
-        weights = torch.tensor(self.weights, dtype=torch.float64, device=generator.device)
-        last = int(torch.multinomial(weights, 1, generator=generator))
-        times = torch.ones(count, len(self.weights), device=generator.device)
+    def draw(self, count: int, path: Path, rng: np.random.Generator) -> tuple[Tensor, int]:
+        """Draws times (count, S), float32, 1 for the stages that are masked, and the number of active stages."""
+        weights = np.array(self.weights, dtype=np.float64)
+        last = int(rng.choice(len(weights), p=weights / weights.sum()))
+        times = torch.ones(count, len(weights))
         for stage in range(last + 1):
             density = self.last if stage == last else self.earlier
-            times[:, stage] = density.draw(count, path, generator)
+            times[:, stage] = density.draw(count, path, rng)
         return times, last + 1
 
 

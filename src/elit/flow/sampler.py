@@ -17,7 +17,7 @@ from elit.flow.solvers import Callback, Draw, StepInfo, solver_named, time_grid
 from elit.interface import Budget, budget_per_step
 from elit.models.base import Model
 from elit.models.dfm import DFM
-from elit.seeding import generator
+from elit.seeding import normals
 
 
 @torch.inference_mode()
@@ -125,8 +125,8 @@ def _problem(model: Model, solver: str, steps: int | StageSchedule) -> _Problem:
 
 
 def _normal(seeds: Sequence[int], purpose: str, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal draws (len(seeds), *shape), each from its own seed; on the CPU, so that devices agree."""
-    return torch.stack([torch.randn(shape, generator=generator(seed, purpose)) for seed in seeds])
+    """Standard normal draws (len(seeds), *shape), each from its own seed."""
+    return normals([(seed, purpose) for seed in seeds], shape)
 
 
 def _labels(

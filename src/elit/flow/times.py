@@ -4,11 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from elit.errors import ElitError
 from elit.flow.paths import Path
+from elit.seeding import normal, uniform
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,10 @@ class TimeDensity:
         if self.shift <= 0 or self.std < 0:
             raise ElitError(f"a time density needs shift > 0 and std >= 0, not {self.shift} and {self.std}")
 
-    def draw(self, count: int, path: Path, generator: torch.Generator) -> Tensor:
-        """(count,) times in float32 on the generator's device."""
-        device = generator.device
+    def draw(self, count: int, path: Path, rng: np.random.Generator) -> Tensor:
+        """Draws times (count,), float32, on the processor."""
         if self.kind == "logit-normal":
-            normal = torch.randn(count, generator=generator, device=device)
-            return path.time(normal * self.std + self.mean + math.log(self.shift))
-        t = torch.rand(count, generator=generator, device=device)
+            return path.time(normal(rng, count) * self.std + self.mean + math.log(self.shift))
+        t = uniform(rng, count)
         log_ratio = path.sigma(t).log() - path.alpha(t).log()
         return t if self.shift == 1 else path.time(log_ratio + math.log(self.shift))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from elit.flow.paths import Path
 from elit.models import DFM, Model
+from elit.seeding import generator, normals, uniform
 from elit.training.config import TrainConfig
 
 
@@ -35,17 +36,33 @@ class Draws:
         return Draws(self.t[index], [noise[index] for noise in self.noise], self.dropped[index], self.active)
 
 
-def draw(config: TrainConfig, model: Model, path: Path, rng: torch.Generator, count: int) -> Draws:
-    """The draws of a generator for ``count`` samples, on its device."""
-    device = rng.device
+def draw(
+    config: TrainConfig,
+    model: Model,
+    path: Path,
+    seed: int,
+    count: int,
+    mine: slice = slice(None),
+    device: torch.device | str = "cpu",
+) -> tuple[Draws, Tensor]:
+    """Draws what a batch of ``count`` samples needs, and returns the part ``mine`` of it and the times of all samples.
+
+    Every sample has noise of its own, so that a process draws that of its own samples alone.
+    """
+    rng = generator(seed, "times")
     if isinstance(model, DFM):
         t, active = config.stages.draw(count, path, rng)
         shapes: list[tuple[int, ...]] = [*model.stage_shapes]
     else:
         t, active = config.times.draw(count, path, rng), 0
         shapes = [model.input_shape()]
-    noise = [torch.randn(count, *shape, generator=rng, device=device) for shape in shapes]
-    return Draws(t, noise, torch.rand(count, generator=rng, device=device) < config.label_dropout, active)
+    dropped = uniform(rng, count) < config.label_dropout
+    samples = range(count)[mine]
+    noise = [
+        normals([(seed, "noise", stage, sample) for sample in samples], shape, device)
+        for stage, shape in enumerate(shapes)
+    ]
+    return Draws(t[mine].to(device), noise, dropped[mine].to(device), active), t
 
 
 def share(count: int, process: int, processes: int) -> slice:

@@ -14,7 +14,7 @@ from elit.errors import ElitError
 from elit.evaluation.extractors import IMAGENET_MEAN, IMAGENET_STD, load_dinov2
 from elit.models import HDiT, MMDiT, Model
 from elit.models.dit import Transformer
-from elit.seeding import derive_seed
+from elit.seeding import torch_seeded
 from elit.training.config import RepaConfig
 
 HIDDEN = 2048  # of the projector, the paper's
@@ -78,8 +78,7 @@ def images_of(data: Data) -> ImageFolder | None:
 
 def make_projector(model: Model, width: int, seed: int) -> nn.Module:
     """The MLP from hidden tokens (B, N, D) to features (B, N, F), with weights from the seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "projector"))
+    with torch_seeded(seed, "projector"):
         return nn.Sequential(
             *(nn.Linear(model.config.width, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU()),
             nn.Linear(HIDDEN, width),

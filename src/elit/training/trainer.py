@@ -27,7 +27,7 @@ from elit.errors import ElitError
 from elit.flow import path_named
 from elit.models import MMDiT, MMDiTConfig, Model, config_for, create
 from elit.models.dit import Transformer
-from elit.seeding import derive_seed, generator
+from elit.seeding import derive_seed, torch_seeded
 from elit.training import state
 from elit.training.batch import Draws, as_many_for_all, draw, micro_batches, share
 from elit.training.budgets import scaled_batch_size, training_levels
@@ -87,8 +87,7 @@ def build_model(config: TrainConfig, data: Data) -> Model:
             )
         empty = data.encode([""])
         fitted |= {"text_width": empty.tokens.shape[2], "empty_length": int(empty.mask.sum())}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, "weights"))
+    with torch_seeded(config.seed, "weights"):
         try:
             model = create(config.model.name, **(fitted | config.model.fields))
         except ElitError as error:
@@ -230,13 +229,12 @@ class Trainer:
         count = self._batch_size(level)
         mine = share(count, self.accelerator.process_index, processes)
         indices = sample_indices(config.seed, self.seen, count, len(self.data))[mine]
-        rng = generator(config.seed, "step", step, device=self.accelerator.device)
-        draws = draw(config, self.model, self.path, rng, count)
-        levels = self._levels(draws.t, level)
+        seed = derive_seed(config.seed, "step", step)
+        draws, times = draw(config, self.model, self.path, seed, count, mine, self.accelerator.device)
+        levels = self._levels(times, level)
 
         factor = lr_factor(config.optimizer, step, config.steps)
         set_lr(self.trained.optimizers, config.optimizer, factor)
-        draws = draws.take(mine)
         parts = micro_batches(levels[mine], config.micro_batch_size)
         if self.sharded:
             parts = as_many_for_all(parts, levels, config.micro_batch_size, processes)
@@ -290,7 +288,7 @@ class Trainer:
 
     def _batch(self, indices: Tensor) -> tuple[Tensor, Condition | None]:
         """Data (B, C, H, W) and labels (B,) at indices (B,); no labels for an unconditional model."""
-        x, y = self.data.batch(indices, generator(self.config.seed, "data", self.step))
+        x, y = self.data.batch(indices, derive_seed(self.config.seed, "data", self.step))
         device = self.accelerator.device
         return x.to(device), map_condition(lambda v: v.to(device), y) if self.model.conditional else None
 

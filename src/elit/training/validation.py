@@ -11,7 +11,7 @@ from elit.errors import ElitError
 from elit.flow import path_named
 from elit.interface import check_budget
 from elit.models import Model
-from elit.seeding import generator
+from elit.seeding import derive_seed
 from elit.training.batch import draw
 from elit.training.config import TrainConfig
 from elit.training.objective import Objective
@@ -71,6 +71,7 @@ class Validation:
         x, y = self.data.batch(indices)
         x = x.to(device)
         y = map_condition(lambda v: v.to(device), y) if model.conditional else None
-        draws = draw(config, model, path, generator(config.seed, "held-out", int(indices[0]), device=device), len(x))
+        seed = derive_seed(config.seed, "held-out", int(indices[0]))
+        draws, _ = draw(config, model, path, seed, len(x), device=device)
         objective = Objective(model, path)
         return torch.stack([objective(x, y, draws, budget).sum() for budget in self.budgets])
