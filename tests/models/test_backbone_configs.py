@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from elit.analysis import count_flops, on_meta
 from elit.models import config_for
-from elit.models.files import decode
-from elit.training import TrainConfig
+from tests.training.test_configs import load
 
 FOLDER = Path(__file__).parents[2] / "configs/train"
 KINDS = ("*uvit*", "*hdit*", "*mmdit*", "*kinetics*", "*-digits")
@@ -24,7 +22,7 @@ def test_there_are_files() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_configuration_builds_and_costs_what_it_says(path: Path) -> None:
     text = path.read_text()
-    config = decode(TrainConfig, yaml.safe_load(text), path)
+    config = load(path)
     resolution = re.search(r"--resolution (\d+)", text)
     size: dict[str, Any] = {"moving-digits": (8, 16, 16), "captioned-digits": 16}
     fitted = {"input_size": size[path.stem], "in_channels": 1} if path.stem in size else {}

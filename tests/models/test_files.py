@@ -1,6 +1,7 @@
 """Models on disk: what is saved comes back, and whatever is wrong with a file is one sentence that names it."""
 
 import json
+import re
 import resource
 import shutil
 import signal
@@ -166,7 +167,66 @@ def test_a_wrong_configuration_says_what_is_wrong(changes: dict[str, Any], why: 
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "not json", "{", "[]", "3", "null", "{}", '{"width": 64}', "\x00\xff"])
+TYPES: dict[str, tuple[Any, ...]] = {  # of each kind of field, values of another type
+    "width": ("64", 64.0, True, None, [64], {}),
+    "mlp_ratio": ("4", True, None, [4.0]),
+    "qk_norm": (1, "true", None, []),
+    "positions": (None, 3, ["rotary"], {"rotary": 1}),
+    "input_size": (8.0, "8", True, ["8"], [8, 8.5], [True, 8], {"0": 8}, None),
+    "interface": ("paper", 2, [2], True),
+    "interface.group_size": ([2], [2, 2, 2, 2], [1, 2, "2"], 2.0, None),
+    "interface.min_latents": ("1", 1.0, [1], False),
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in TYPES.items() for value in values])
+def test_a_value_of_another_type_is_named_with_its_key(key: str, value: Any, saved: Path) -> None:
+    outer, _, inner = key.partition(".")
+    with pytest.raises(
+        ElitError, match=rf"^{re.escape(str(saved / CONFIG))}: {key} is .*; it must be of type "
+    ) as told:
+        elit.load(edited(saved, **{outer: {inner: value} if inner else value}))
+    assert repr(value) in str(told.value)
+
+
+def test_whole_numbers_are_numbers(saved: Path) -> None:
+    config = elit.load(edited(saved, mlp_ratio=4, rope_theta=100, input_size=[8, 8])).config
+    assert (config.mlp_ratio, config.rope_theta, config.input_size) == (4.0, 100.0, (8, 8))
+    assert type(config.mlp_ratio) is float
+
+
+@pytest.mark.parametrize("name", ["payload.X", "m.payload.X", "payload", "m.payload"])
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        lambda name: {"interface": name},
+        lambda name: {"interface": {"class_path": name}},
+        lambda name: {"interface": {"class_path": name, "init_args": {"group_size": 2}}},
+        lambda name: {"interface": {"group_size": {"class_path": name}}},
+        lambda name: {"class_path": name},
+        lambda name: {"architecture": name},
+        lambda name: {"input_size": {"class_path": name}},
+        lambda name: {"__path__": name, "config": name},
+    ],
+)
+def test_a_configuration_imports_nothing(
+    disguise: Callable[[str], dict[str, Any]], name: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a module of the working directory nor one that came with the model."""
+    model = shutil.copytree(saved, tmp_path / "m")
+    for folder in (tmp_path, model):
+        (folder / "payload.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w').close()\nclass X: pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ElitError, match=r"config\.json"):
+        elit.load(edited(model, **disguise(name)))
+    assert not (tmp_path / "marker").exists()
+    assert not {"payload", "m", "m.payload"} & sys.modules.keys()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "not json", "[" * 100_000, "{", "[]", "3", "null", "{}", '{"width": 64}', "\x00\xff"]
+)
 def test_what_is_no_configuration_is_named(text: str, saved: Path) -> None:
     (saved / CONFIG).write_bytes(text.encode("latin-1"))
     for read in (elit.load, DiT.from_pretrained):
