@@ -3,9 +3,21 @@
 __version__ = "0.1.0"
 
 from elit.errors import ElitError
-from elit.flow import Guidance, sample
+from elit.flow import Guidance, Trajectory, advance, sample, trajectories
 from elit.interface import BudgetByNoise
-from elit.models import create
+from elit.models import Model, create
 from elit.models.files import load
 
-__all__ = ["BudgetByNoise", "ElitError", "Guidance", "__version__", "create", "load", "sample"]
+__all__ = [
+    "BudgetByNoise",
+    "ElitError",
+    "Guidance",
+    "Model",
+    "Trajectory",
+    "__version__",
+    "advance",
+    "create",
+    "load",
+    "sample",
+    "trajectories",
+]

@@ -7,7 +7,7 @@ import numpy as np
 
 from elit.interface import InterfaceConfig
 from elit.models import DiT, DiTConfig, HDiT, HDiTConfig, MMDiT, MMDiTConfig, Model, UViT, UViTConfig
-from elit.models.dit import Transformer
+from elit.models.transformer import Transformer
 from tests.helpers import reference
 from tests.helpers.models import TINY, randomize
 

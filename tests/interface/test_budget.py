@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elit import BudgetByNoise, ElitError
-from elit.interface import budget_per_step, check_budget, draw_level, to_level
+from elit.interface import budget_schedule, check_budget, draw_level, to_level
 from elit.interface.budget import Rounding, default_min_latents
 
 budgets = st.floats(0, 1, exclude_min=True)
@@ -138,15 +138,15 @@ times = st.lists(st.floats(0, 1), min_size=1, max_size=30).map(lambda values: so
 
 @given(times, budgets)
 def test_one_budget_serves_every_step(at: list[float], budget: float) -> None:
-    assert budget_per_step(budget, at) == [budget] * len(at)
-    assert budget_per_step(None, at) == [None] * len(at)
+    assert budget_schedule(budget, at) == [budget] * len(at)
+    assert budget_schedule(None, at) == [None] * len(at)
 
 
 @given(st.data(), times)
 def test_a_list_is_taken_step_by_step(data: st.DataObject, at: list[float]) -> None:
     one_each = data.draw(st.lists(budgets, min_size=len(at), max_size=len(at)))
-    assert budget_per_step(one_each, at) == one_each
-    assert budget_per_step(tuple(one_each), at) == one_each
+    assert budget_schedule(one_each, at) == one_each
+    assert budget_schedule(tuple(one_each), at) == one_each
 
 
 @given(times)
@@ -157,7 +157,7 @@ def test_a_function_is_asked_for_every_time(at: list[float]) -> None:
         asked.append(t)
         return 1 - t / 2
 
-    assert budget_per_step(budget, at) == [1 - t / 2 for t in at]
+    assert budget_schedule(budget, at) == [1 - t / 2 for t in at]
     assert asked == at
 
 
@@ -168,7 +168,7 @@ def test_a_schedule_by_noise_picks_the_interval_of_t(
     thresholds = sorted(thresholds, reverse=True)
     of_interval = data.draw(st.lists(budgets, min_size=len(thresholds) + 1, max_size=len(thresholds) + 1))
     schedule = BudgetByNoise(thresholds, of_interval)
-    for t, budget in zip(at, budget_per_step(schedule, at), strict=True):
+    for t, budget in zip(at, budget_schedule(schedule, at), strict=True):
         assert budget == of_interval[sum(t <= h for h in thresholds)]
 
 
@@ -197,10 +197,10 @@ def test_a_schedule_that_is_none_says_why(thresholds: list[float], of_interval: 
 def test_a_bad_budget_is_found_in_every_form(budget: Any) -> None:
     for form in (budget, [1.0, budget], lambda t: budget):
         with pytest.raises(ElitError, match=r"^dose is .* must be a number in \(0, 1\]"):
-            budget_per_step(form, [1.0, 0.5], "dose")
+            budget_schedule(form, [1.0, 0.5], "dose")
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_list_of_another_length_is_an_error(count: int) -> None:
     with pytest.raises(ElitError, match=f"budget lists {count} values for 2 sampling steps"):
-        budget_per_step([0.5] * count, [1.0, 0.5])
+        budget_schedule([0.5] * count, [1.0, 0.5])

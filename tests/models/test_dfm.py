@@ -14,7 +14,7 @@ from elit.errors import ElitError
 from elit.flow import StageDensity, StageSchedule, path_named, pyramid_loss
 from elit.interface import InterfaceConfig
 from elit.models import DFM, DFMConfig, DiT, DiTConfig
-from elit.models.dit import Transformer
+from elit.models.transformer import Transformer
 from elit.seeding import normal
 
 SIZES: dict[str, Any] = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from elit import ElitError
 from elit.interface import InterfaceConfig
 from elit.models import DiT, DiTConfig
-from elit.models.dit import patchify, unpatchify
+from elit.models.transformer import patchify, unpatchify
 from tests.helpers import reference
 from tests.helpers.models import PUBLISHED, TINY, inputs, randomize, tiny
 

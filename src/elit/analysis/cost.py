@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from elit.analysis.formula import closed_form
 from elit.flow import Guidance, time_grid
 from elit.flow.guidance import weak_budget
-from elit.interface import Budget, budget_per_step
+from elit.interface import Budget, budget_schedule
 from elit.models import Model
 from elit.models.registry import model_class_of
 
@@ -187,7 +187,7 @@ def sampling_flops(model: Model, steps: int, budget: Budget | None = None, guida
         ElitError: settings that :func:`elit.sample` refuses too.
     """
     times = time_grid("euler", steps)[:-1]
-    strong = budget_per_step(budget, times.tolist())
+    strong = budget_schedule(budget, times.tolist())
     weak: list[float | None] = []
     if guidance is not None:
         of_weak = weak_budget(model, guidance)

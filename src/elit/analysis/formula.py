@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from elit.interface import TokenGrid, triple
 from elit.layers import TimeEmbed
 from elit.models.dfm import DFMConfig
-from elit.models.dit import DiTConfig
 from elit.models.hdit import RUN, HDiTConfig
 from elit.models.mmdit import MMDiTConfig
+from elit.models.transformer import TransformerConfig
 from elit.models.uvit import UViTConfig
 
 TEXT_TOKENS = 77  # of the prompt that :func:`count_flops` takes
@@ -33,7 +33,9 @@ class Part:
     macs: int
 
 
-def closed_form(config: DiTConfig, num_latents: int | None = None, text_tokens: int = TEXT_TOKENS) -> list[Part]:
+def closed_form(
+    config: TransformerConfig, num_latents: int | None = None, text_tokens: int = TEXT_TOKENS
+) -> list[Part]:
     """The parts of a forward of one sample, in order.
 
     Args:
@@ -58,7 +60,7 @@ def closed_form(config: DiTConfig, num_latents: int | None = None, text_tokens: 
     ]
 
 
-def _embed(config: DiTConfig, n: int, text_tokens: int) -> int:
+def _embed(config: TransformerConfig, n: int, text_tokens: int) -> int:
     """Patches, time and text; labels are looked up."""
     d = config.width
     time = 2 * TimeEmbed.FREQUENCIES * d + d * d
@@ -66,12 +68,12 @@ def _embed(config: DiTConfig, n: int, text_tokens: int) -> int:
     return sum(n * values * d + time for values in _patch_values(config)) + text
 
 
-def _project(config: DiTConfig, n: int) -> int:
+def _project(config: TransformerConfig, n: int) -> int:
     d = config.width
     return sum(n * d * values + 2 * d * d for values in _patch_values(config))
 
 
-def _patch_values(config: DiTConfig) -> list[int]:
+def _patch_values(config: TransformerConfig) -> list[int]:
     """Numbers in a patch, of every stage of the input."""
     patches = [triple(config.patch_size)]
     if isinstance(config, DFMConfig):
@@ -79,12 +81,12 @@ def _patch_values(config: DiTConfig) -> list[int]:
     return [config.in_channels * math.prod(patch) for patch in patches]
 
 
-def _blocks(config: DiTConfig, first: int, end: int, tokens: int, text_tokens: int) -> int:
+def _blocks(config: TransformerConfig, first: int, end: int, tokens: int, text_tokens: int) -> int:
     """Blocks first..end - 1 on so many tokens, and what their backbone puts between them."""
     return sum(_block(config, i, tokens, text_tokens) for i in range(first, end)) + _between(config, first, end, tokens)
 
 
-def _block(config: DiTConfig, i: int, tokens: int, text_tokens: int) -> int:
+def _block(config: TransformerConfig, i: int, tokens: int, text_tokens: int) -> int:
     d = config.width
     if isinstance(config, HDiTConfig) and config.outer_depth <= i < config.outer_depth + config.inner_depth:
         return _linear(config, tokens // RUN, 2 * d) + _attention(tokens // RUN, tokens // RUN, 2 * d) + 6 * d * 2 * d
@@ -97,7 +99,7 @@ def _block(config: DiTConfig, i: int, tokens: int, text_tokens: int) -> int:
     return image + _linear(config, text_tokens, d) + _attention(both, both, d) + 6 * d * d
 
 
-def _linear(config: DiTConfig, tokens: int, width: int) -> int:
+def _linear(config: TransformerConfig, tokens: int, width: int) -> int:
     """Queries, keys, values and output, then the MLP: 4 L D^2 + 8 L D^2 for the usual ratio of 4."""
     return tokens * (4 * width * width + 2 * width * round(width * config.mlp_ratio))
 
@@ -107,7 +109,7 @@ def _attention(queries: int, keys: int, width: int) -> int:
     return 2 * queries * keys * width
 
 
-def _between(config: DiTConfig, first: int, end: int, tokens: int) -> int:
+def _between(config: TransformerConfig, first: int, end: int, tokens: int) -> int:
     d = config.width
     if isinstance(config, UViTConfig):  # a join before each of the last blocks
         return max(0, end - max(first, config.depth - config.skips)) * tokens * 2 * d * d
@@ -116,7 +118,7 @@ def _between(config: DiTConfig, first: int, end: int, tokens: int) -> int:
     return 0
 
 
-def _read(config: DiTConfig, grid: TokenGrid, level: int) -> int:
+def _read(config: TransformerConfig, grid: TokenGrid, level: int) -> int:
     """K queries and outputs, N keys and values, attention inside windows, an MLP of ratio 1 and modulation."""
     assert config.interface is not None
     d = config.width
@@ -126,7 +128,7 @@ def _read(config: DiTConfig, grid: TokenGrid, level: int) -> int:
     return (2 * k + 2 * grid.num_tokens) * d * d + attention + 2 * k * d * d + parts * d * d
 
 
-def _write(config: DiTConfig, grid: TokenGrid, level: int) -> int:
+def _write(config: TransformerConfig, grid: TokenGrid, level: int) -> int:
     """N queries and outputs, K keys and values, attention inside windows and an MLP of ratio 1; in every layer."""
     assert config.interface is not None
     d = config.width

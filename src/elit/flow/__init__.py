@@ -1,29 +1,41 @@
-"""Paths, times, the objective; solvers, guidance and the sampler."""
+"""Paths, times, flows and the objective; solvers, guidance, trajectories and the sampler."""
 
-from elit.flow.guidance import Guidance
+from elit.flow.guidance import Guidance, weak_level
+from elit.flow.matching import Flow, FlowMatching
 from elit.flow.objective import flow_matching_error, flow_matching_loss, per_token
 from elit.flow.paths import PATHS, Path, path_named
-from elit.flow.pyramid import StageDensity, StageSchedule, decompose, pyramid_loss, recompose
-from elit.flow.sampler import sample
-from elit.flow.solvers import SOLVERS, StepInfo, time_grid
+from elit.flow.pyramid import PyramidFlow, StageDensity, StageSchedule, decompose, recompose
+from elit.flow.sampler import StepInfo, sample, trajectories
+from elit.flow.solvers import SOLVERS, Solver, time_grid
 from elit.flow.times import TimeDensity
+from elit.flow.trajectory import Evaluation, Trajectory, advance, evaluate, flow_of
 
 __all__ = [
     "PATHS",
     "SOLVERS",
+    "Evaluation",
+    "Flow",
+    "FlowMatching",
     "Guidance",
     "Path",
+    "PyramidFlow",
+    "Solver",
     "StageDensity",
     "StageSchedule",
     "StepInfo",
     "TimeDensity",
+    "Trajectory",
+    "advance",
     "decompose",
+    "evaluate",
     "flow_matching_error",
     "flow_matching_loss",
+    "flow_of",
     "path_named",
     "per_token",
-    "pyramid_loss",
     "recompose",
     "sample",
     "time_grid",
+    "trajectories",
+    "weak_level",
 ]

@@ -1,16 +1,12 @@
 """Guidance: ``v_weak + scale * (v_cond - v_weak)``, with a weak term that costs less where the model is elastic."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from elit.conditions import Condition, cat_conditions
 from elit.errors import ElitError
-from elit.flow.solvers import Velocity
 from elit.interface import check_budget
 from elit.models.base import Model
 
@@ -23,8 +19,8 @@ class Guidance:
         kind: what the weak term is. ``cfg``: no class, same budget (Ho & Salimans 2022). ``ag``: same class, lower
             budget (autoguidance, Karras et al. 2024). ``ccfg``: no class and lower budget (cheap CFG, section 3.4 of
             the paper).
-        scale: w; 1 or less is no guidance.
-        budget: of the weak term, for ``ag`` and ``ccfg``; None is the model's lowest.
+        scale: w; 1 is no guidance, and between 0 and 1 the velocity lies between the weak and the strong one.
+        budget: of the weak term, for ``ag`` and ``ccfg``; None is the lowest that the model was trained for.
         interval: times (low, high) between which guidance is on, ends included (Kynkaanniemi et al. 2024).
 
     Raises:
@@ -50,69 +46,30 @@ class Guidance:
             raise ElitError(f"the guidance interval {self.interval} is not (low, high) with 0 <= low <= high <= 1")
 
     def active(self, t: Tensor) -> Tensor:
-        """Where guidance is on: a boolean of the shape of t."""
+        """Tells where guidance is on: a boolean of the shape of t."""
         low, high = self.interval
-        return (low <= t) & (t <= high) & (self.scale > 1)
+        return (low <= t) & (t <= high) & (self.scale != 1)
 
     def combine(self, v_cond: Tensor, v_weak: Tensor) -> Tensor:
-        """The guided velocity."""
+        """Returns the guided velocity."""
         return v_weak + self.scale * (v_cond - v_weak)
 
     @property
-    def drops_class(self) -> bool:
+    def drops_condition(self) -> bool:
+        """Whether the weak term goes without class or text."""
         return self.kind != "ag"
 
 
-def weak_budget(model: Model, guidance: Guidance) -> float | None:
-    """Budget of the weak term of ``ag`` and ``ccfg``; None for ``cfg``.
+def weak_level(model: Model, guidance: Guidance) -> int | None:
+    """Returns the level of the weak term of ``ag`` and ``ccfg``; None for ``cfg``, whose terms share one.
 
     Raises:
-        ElitError: the model cannot be guided so.
+        ElitError: the model cannot be guided so, or was not trained for the weak budget.
     """
-    if guidance.drops_class and not model.conditional:
+    if guidance.drops_condition and not model.conditional:
         raise ElitError(f"{guidance.kind} needs a class to drop, and this model has none; take ag")
     if guidance.kind == "cfg":
         return None
     if not model.levels:
         raise ElitError(f"{guidance.kind} needs a model with a latent interface; take cfg")
-    return guidance.budget or model.levels[0] / model.num_latents
-
-
-def model_velocity(
-    model: Callable[..., Tensor],
-    y: Condition | None,
-    null: Condition | None,
-    budgets: list[float | None],
-    guidance: Guidance | None = None,
-    weak: float | None = None,
-    active: list[int] | None = None,
-) -> Velocity:
-    """The velocity that a solver integrates: the model in its dtype, guided, as float64.
-
-    Args:
-        model: (x, t, y, budget=...) -> velocity.
-        y: conditions of the samples, and ``null`` those of the weak term of ``cfg`` and ``ccfg``.
-        budgets: one per step, of the strong term.
-        weak: budget of the weak term of ``ag`` and ``ccfg``.
-        active: of a multi-scale model, the number of active stages at each step.
-    """
-
-    def run(x: Tensor, t: Tensor, condition: Condition | None, budget: float | None, step: int) -> Tensor:
-        times = t.to(x.device, torch.float32).expand(len(x), *t.shape)
-        stages = {} if active is None else {"active": active[step]}
-        return model(x, times, condition, budget=budget, **stages).double()
-
-    both = cat_conditions(y, null) if y is not None and null is not None else None
-
-    def velocity(x: Tensor, t: Tensor, step: int) -> Tensor:
-        budget, inputs = budgets[step], x.to(getattr(model, "dtype", torch.float32))
-        if guidance is None or not (on := guidance.active(t)).any():
-            return run(inputs, t, y, budget, step)
-        if guidance.kind == "cfg":  # one budget, one batch
-            v_cond, v_weak = run(torch.cat((inputs, inputs)), t, both, budget, step).chunk(2)
-        else:
-            v_cond = run(inputs, t, y, budget, step)
-            v_weak = run(inputs, t, null if guidance.drops_class else y, weak, step)
-        return torch.where(on.to(x.device), guidance.combine(v_cond, v_weak), v_cond)
-
-    return velocity
+    return model.levels[0] if guidance.budget is None else model.level(guidance.budget)

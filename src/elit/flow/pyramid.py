@@ -2,13 +2,12 @@
 time.
 
 Stage 0 is the coarsest of S; x_k (B, C, H_k, W_k) is a stage. Training sees the first stages only, up to a drawn one;
-sampling starts them one after the other. Solvers and guidance need not know: they work on all stages laid side by
-side, (B, M), at one time per element, (M,).
+sampling starts them one after the other. Solvers and guidance work on all stages laid side by side, (B, M).
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -18,25 +17,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elit.errors import ElitError
-from elit.flow.paths import Path, interpolate, velocity
-from elit.flow.solvers import check_steps
+from elit.flow.matching import Velocity
+from elit.flow.paths import Path, interpolate
+from elit.flow.paths import velocity as target_velocity
+from elit.flow.solvers import Solver, check_steps
 from elit.flow.times import TimeDensity
-from elit.models.dfm import DFM
 
 # ------------------------------------------------------------------------------------------------ the pyramid
 
 
 def halve(x: Tensor) -> Tensor:
+    """Shrinks an image to half its sides."""
     return F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False)
 
 
 def double(x: Tensor) -> Tensor:
+    """Stretches an image to twice its sides."""
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 def decompose(x: Tensor, stages: int) -> list[Tensor]:
-    """An image (B, C, H, W) as its Laplacian pyramid: the image at 1 / 2^(S - 1) of its size, then what each doubling
-    lacks.
+    """Splits an image (B, C, H, W) into its Laplacian pyramid: the image at 1 / 2^(S - 1) of its size, then what each
+    doubling lacks.
 
     Raises:
         ElitError: the sides cannot be halved so often.
@@ -52,7 +54,7 @@ def decompose(x: Tensor, stages: int) -> list[Tensor]:
 
 
 def recompose(stages: Sequence[Tensor]) -> Tensor:
-    """The inverse of :func:`decompose`."""
+    """Puts the stages of a pyramid together again: the inverse of :func:`decompose`."""
     x, *details = stages
     for detail in details:
         x = double(x) + detail
@@ -94,32 +96,6 @@ class StageDensity:
         return times, last + 1
 
 
-def pyramid_loss(
-    model: Callable[[list[Tensor], Tensor, int], Sequence[Tensor]],
-    x: Tensor,
-    t: Tensor,
-    noise: Sequence[Tensor],
-    path: Path,
-    active: int,
-) -> Tensor:
-    """One loss per sample, (B,): the flow-matching losses of the active stages, summed.
-
-    Args:
-        model: (stages of x_t, t, active) -> velocities of the stages; labels and budget are bound by the caller.
-        x: images (B, C, H, W).
-        t: (B, S), and ``active``: from :meth:`StageDensity.draw`.
-        noise: like the stages of the pyramid.
-    """
-    stages = decompose(x, len(noise))
-    at = [times.view(-1, 1, 1, 1) for times in t.unbind(1)]
-    states = [interpolate(path, *each) for each in zip(stages, noise, at, strict=True)]
-    targets = [velocity(path, *each) for each in zip(stages, noise, at, strict=True)]
-    errors = [v.float() - target.float() for v, target in zip(model(states, t, active), targets, strict=True)]
-    losses = torch.stack([error.square().flatten(1).mean(1) for error in errors])  # (S, B)
-    # Sliced after the stack: heads of masked stages get a zero gradient, and distributed training wants one of each.
-    return losses[:active].sum(0)
-
-
 # ------------------------------------------------------------------------------------------------ sampling
 
 THRESHOLD = 0.1  # the published one
@@ -156,7 +132,7 @@ class StageSchedule:
 
     @classmethod
     def even(cls, steps: int, stages: int, threshold: float = THRESHOLD) -> Self:
-        """``steps`` shared out evenly, the coarser stages taking the rest.
+        """Shares ``steps`` out evenly, the coarser stages taking the rest.
 
         Raises:
             ElitError: fewer steps than stages.
@@ -166,7 +142,7 @@ class StageSchedule:
         return cls([(steps + stages - 1 - k) // stages for k in range(stages)], [threshold] * (stages - 1))
 
     def times(self) -> Tensor:
-        """(steps + 1, S) in float64. No column rises, and each ends at 0."""
+        """Returns the times of all stages, (steps + 1, S) in float64. No column rises, and each ends at 0."""
         starts = [0, *itertools.accumulate(self.steps)]
         columns = []
         for begun, steps, threshold in zip(starts, self.steps, (*self.thresholds, 0.0), strict=False):
@@ -176,37 +152,68 @@ class StageSchedule:
             columns.append(torch.cat((waiting, falling, closing[1:])))
         return torch.stack(columns, dim=1)
 
-    def active(self) -> list[int]:
-        """How many stages have begun, for each step."""
-        return [stage + 1 for stage, steps in enumerate(self.steps) for _ in range(steps)]
+
+# ------------------------------------------------------------------------------------------------ the flow
 
 
-class FlatModel:
-    """A multi-scale model as solvers take one: stages side by side, (B, M), with a time for each element."""
+class PyramidFlow:
+    """The flow of multi-scale models: a state is the stages of an image side by side, (B, M), each at its own time.
 
-    def __init__(self, model: DFM) -> None:
-        self.model = model
-        self.shapes = model.stage_shapes
-        self.sizes = [math.prod(shape) for shape in self.shapes]
-        self.starts = [0, *itertools.accumulate(self.sizes)][:-1]
+    Args:
+        shapes: (C, H_k, W_k) of every stage, the coarsest first.
+        path: between data and noise.
+        stages: how training draws stages and times.
+    """
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
+    def __init__(self, shapes: Sequence[tuple[int, ...]], path: Path, stages: StageDensity | None = None) -> None:
+        self.noise_shapes = [tuple(shape) for shape in shapes]
+        self.path = path
+        self.density = stages or StageDensity()
+        self.sizes = [math.prod(shape) for shape in shapes]
+        self.state_shape: tuple[int, ...] = (sum(self.sizes),)
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None, budget: float | None, active: int) -> Tensor:
-        """x and t (B, M) -> velocity (B, M)."""
-        return flatten(self.model(self.unflatten(x), t[:, self.starts], y, budget, active))
+    def draw_times(self, count: int, rng: np.random.Generator) -> tuple[Tensor, int]:
+        return self.density.draw(count, self.path, rng)
 
-    def unflatten(self, x: Tensor) -> list[Tensor]:
-        """(B, M) -> one (B, C, H_k, W_k) per stage."""
-        return [part.unflatten(1, shape) for part, shape in zip(x.split(self.sizes, 1), self.shapes, strict=True)]
+    def loss(self, velocity: Velocity, x: Tensor, t: Tensor, noise: Sequence[Tensor], active: int = 1) -> Tensor:
+        """Sums the flow-matching losses of the active stages; the others are masked: (B,)."""
+        stages = decompose(x, len(noise))
+        at = [times.view(-1, 1, 1, 1) for times in t.unbind(1)]
+        states = [interpolate(self.path, *each) for each in zip(stages, noise, at, strict=True)]
+        states = [state if k < active else torch.zeros_like(state) for k, state in enumerate(states)]
+        targets = [target_velocity(self.path, *each) for each in zip(stages, noise, at, strict=True)]
+        errors = [v.float() - target.float() for v, target in zip(velocity(states, t), targets, strict=True)]
+        losses = torch.stack([error.square().flatten(1).mean(1) for error in errors])  # (S, B)
+        # Sliced after the stack: heads of masked stages get a zero gradient; distributed training wants one of each.
+        return losses[:active].sum(0)
 
-    def per_element(self, times: Tensor) -> Tensor:
-        """Times of the stages (steps + 1, S) -> of their elements (steps + 1, M)."""
-        return times.repeat_interleave(torch.tensor(self.sizes), dim=1).to(self.model.device)
+    def times(self, solver: Solver, steps: int | StageSchedule) -> Tensor:
+        """Returns the times of all steps: (steps + 1, S). The solver has no say in them.
 
+        Raises:
+            ElitError: a schedule of another number of stages, or fewer steps than stages.
+        """
+        stages = len(self.sizes)
+        schedule = steps if isinstance(steps, StageSchedule) else StageSchedule.even(steps, stages)
+        if len(schedule.steps) != stages:
+            raise ElitError(f"the schedule has {len(schedule.steps)} stages; the model has {stages}")
+        return schedule.times()
 
-def flatten(stages: Sequence[Tensor]) -> Tensor:
-    """Stages side by side, (B, M)."""
-    return torch.cat([stage.flatten(1) for stage in stages], dim=1)
+    def spread(self, t: Tensor) -> Tensor:
+        return t.repeat_interleave(torch.tensor(self.sizes, device=t.device), dim=-1)
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """Averages times (..., S) over the elements of the state."""
+        return self.spread(t).mean(-1)
+
+    def to_model(self, x: Tensor, moves: Tensor) -> list[Tensor]:
+        """Cuts a state (B, M) into stages (B, C, H_k, W_k), with zeros for those that have not begun to move."""
+        parts = zip(x.split(self.sizes, 1), self.noise_shapes, moves.unbind(1), strict=True)
+        return [(part * begun[:, None]).unflatten(1, shape) for part, shape, begun in parts]
+
+    def from_model(self, v: Sequence[Tensor]) -> Tensor:
+        return torch.cat([stage.flatten(1) for stage in v], dim=1)
+
+    def to_samples(self, x: Tensor) -> Tensor:
+        parts = zip(x.split(self.sizes, 1), self.noise_shapes, strict=True)
+        return recompose([part.unflatten(1, shape) for part, shape in parts])

@@ -1,42 +1,64 @@
 """`sample`: from seeds and labels to tensors in the model's space."""
 
 from collections.abc import Callable, Sequence
-from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from elit.conditions import Condition, condition_size, map_condition
+from elit.conditions import Condition, condition_size, select_condition
 from elit.errors import ElitError
-from elit.flow.guidance import Guidance, model_velocity, weak_budget
-from elit.flow.paths import path_named
-from elit.flow.pyramid import FlatModel, StageSchedule, recompose
-from elit.flow.solvers import Callback, Draw, StepInfo, solver_named, time_grid
-from elit.interface import Budget, budget_per_step
+from elit.flow.guidance import Guidance, weak_level
+from elit.flow.pyramid import StageSchedule
+from elit.flow.solvers import solver_named
+from elit.flow.trajectory import Trajectory, advance, flow_of
+from elit.interface import Budget, budget_schedules
 from elit.models.base import Model
-from elit.models.dfm import DFM
 from elit.seeding import normals
 
+Steps = int | StageSchedule
 
-@torch.inference_mode()
+
+class StepInfo(NamedTuple):
+    """What a callback is told after each step of some samples.
+
+    Attributes:
+        step: index of the step, and ``steps`` how many there are.
+        t: times that it ended at, (B,); of a multi-scale model (B, S).
+        x: states that it ended at, (B, C, H, W) in float64; of a multi-scale model (B, M), its stages side by side.
+        samples: which samples these are, as indices into what :func:`sample` returns.
+    """
+
+    step: int
+    steps: int
+    t: Tensor
+    x: Tensor
+    samples: Sequence[int]
+
+
+Callback = Callable[[StepInfo], None]
+
+
+@torch.no_grad()
 def sample(
     model: Model,
     labels: Condition | Sequence[int] | None = None,
     *,
     seeds: Tensor | Sequence[int] | None = None,
     noise: Tensor | None = None,
-    steps: int | StageSchedule = 40,
+    steps: Steps | Sequence[Steps] = 40,
     solver: str = "euler",
     budget: Budget | None = None,
-    guidance: Guidance | None = None,
+    guidance: Guidance | Sequence[Guidance | None] | None = None,
     path: str = "linear",
     batch_size: int = 64,
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Draws samples. Each is a function of its seed and label: not of the batch size, the order or the other samples.
+    """Draws samples from a model.
+
+    Each is a function of its seed, label and settings: not of the batch size, the order or the other samples.
 
     Args:
         model: any model of this library.
@@ -44,95 +66,151 @@ def sample(
         seeds: one per sample, (B,); default 0, 1, 2, ...
         noise: starting noise (B, C, H, W) in place of that of the seeds (which then serve the draws of ``sde``); of a
             multi-scale model (B, M), its stages flattened side by side.
-        steps: number of steps; of a multi-scale model also a :class:`~elit.flow.pyramid.StageSchedule`, which a number
-            means evenly, with thresholds of 0.1.
+        steps: number of steps, or a list with one per sample; of a multi-scale model also a
+            :class:`~elit.flow.pyramid.StageSchedule`, which a number means evenly, with thresholds of 0.1.
         solver: ``euler``, ``heun`` (two evaluations per step) or ``sde`` (Euler-Maruyama).
-        budget: fraction of latents in (0, 1], one per step, or a function of the noise level (of a multi-scale model
-            the mean over its elements); None is all.
-        guidance: see :class:`Guidance`; None is none.
+        budget: fraction of latents in (0, 1]; a list with one per step; a function of the noise level (of a multi-scale
+            model the mean over its elements); a tensor with one per sample, (B,), or one per sample and step, (B,
+            steps); None is all.
+        guidance: see :class:`Guidance`, or a list with one (or None) per sample; None is none.
         path: ``linear`` or ``cosine``, the one of training.
         batch_size: samples per forward.
-        callback: called after each step of each batch; a multi-scale model tells its flat state and times (M,).
+        callback: called after each step with a :class:`StepInfo`.
         progress: show a bar of steps.
 
     Returns:
         Samples (B, C, H, W), float32, on the model's device; of a multi-scale model recomposed from its stages.
 
     Raises:
-        ElitError: an input that is not as said above.
+        ElitError: an input that is not as said above, or a budget that the model was not trained for.
     """
-    y, count = _labels(model, labels, seeds, noise)
-    solve = solver_named(solver)
-    problem = _problem(model, solver, steps)
-    times = problem.times
-    start = _start(problem.shape, count, seeds, noise)
-    budgets = budget_per_step(budget, times[:-1].view(len(times) - 1, -1).mean(1).tolist())
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ElitError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
-    for each in set(budgets):
-        model.level(each)
-    weak = weak_budget(model, guidance) if guidance else None
-    seed_list = range(count) if seeds is None else [int(s) for s in seeds]
-
-    def draw_for(part: slice) -> Draw:
-        def draw(step: int) -> Tensor:
-            return _normal(seed_list[part], f"step {step}", problem.shape).to(model.device, torch.float64)
-
-        return draw
-
-    samples = []
-    total = (len(times) - 1) * -(-count // batch_size)
+    wanted = _Wanted(model, labels, seeds, noise, steps, solver, budget, guidance, path)
+    samples: list[Tensor] = [torch.empty(0)] * wanted.count
+    batches = [range(wanted.count)[start : start + batch_size] for start in range(0, wanted.count, batch_size)]
+    total = sum(len(wanted.times[group[0]]) - 1 for batch in batches for group in wanted.together(batch))
     with tqdm(total=total, desc="sampling", unit="step", disable=not progress) as bar:
-
-        def after_step(info: StepInfo) -> None:
-            bar.update()
-            if callback:
-                callback(info)
-
-        for at in range(0, count, batch_size):
-            part = slice(at, at + batch_size)
-            condition = None if y is None else map_condition(itemgetter(part), y)
-            null = None if condition is None else model.null_condition(condition)
-            velocity = model_velocity(problem.model, condition, null, budgets, guidance, weak, problem.active)
-            x = start[part].to(model.device, torch.float64)
-            x = solve(velocity, x, times, path_named(path), draw_for(part), after_step)
-            samples.append(problem.image(x.float()))
-    return torch.cat(samples)
-
-
-class _Problem(NamedTuple):
-    """What a solver is given: a model, states of a shape, times; and how the last state becomes an image."""
-
-    model: Callable[..., Tensor]
-    shape: tuple[int, ...]
-    times: Tensor
-    active: list[int] | None
-    image: Callable[[Tensor], Tensor]
+        for indices_of_batch in batches:
+            batch = [(wanted.trajectory(group), group) for group in wanted.together(indices_of_batch)]
+            while not all(trajectory.is_done for trajectory, _ in batch):
+                before = [trajectory.step for trajectory, _ in batch]
+                advance(model, [trajectory for trajectory, _ in batch])
+                for (trajectory, indices), done in zip(batch, before, strict=True):
+                    if trajectory.step > done:
+                        bar.update()
+                        if callback:
+                            t = trajectory.times[trajectory.step]
+                            callback(StepInfo(done, trajectory.steps, t, trajectory.x, indices))
+            for trajectory, indices in batch:
+                for index, image in zip(indices, trajectory.samples(), strict=True):
+                    samples[index] = image
+    return torch.stack(samples)
 
 
-def _problem(model: Model, solver: str, steps: int | StageSchedule) -> _Problem:
-    if not isinstance(model, DFM):
-        if isinstance(steps, StageSchedule):
-            raise ElitError("a stage schedule is for multi-scale models (DFM); give a number of steps")
-        return _Problem(model, model.input_shape(), time_grid(solver, steps), None, lambda x: x)
-    stages = model.config.stages
-    schedule = steps if isinstance(steps, StageSchedule) else StageSchedule.even(steps, stages)
-    if len(schedule.steps) != stages:
-        raise ElitError(f"the schedule has {len(schedule.steps)} stages; the model has {stages}")
-    flat = FlatModel(model)
-    times = flat.per_element(schedule.times())
-    return _Problem(flat, (sum(flat.sizes),), times, schedule.active(), lambda x: recompose(flat.unflatten(x)))
+def trajectories(
+    model: Model,
+    labels: Condition | Sequence[int] | None = None,
+    *,
+    seeds: Tensor | Sequence[int] | None = None,
+    noise: Tensor | None = None,
+    steps: Steps | Sequence[Steps] = 40,
+    solver: str = "euler",
+    budget: Budget | None = None,
+    guidance: Guidance | Sequence[Guidance | None] | None = None,
+    path: str = "linear",
+) -> list[Trajectory]:
+    """Starts one trajectory per sample, for callers that advance them on their own (:func:`~elit.flow.advance`).
+
+    Args:
+        model, labels, seeds, noise, steps, solver, budget, guidance, path: as for :func:`sample`.
+
+    Raises:
+        ElitError: as :func:`sample`.
+    """
+    wanted = _Wanted(model, labels, seeds, noise, steps, solver, budget, guidance, path)
+    return [wanted.trajectory([index]) for index in range(wanted.count)]
 
 
-def _normal(seeds: Sequence[int], purpose: str, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal draws (len(seeds), *shape), each from its own seed."""
-    return normals([(seed, purpose) for seed in seeds], shape)
+class _Wanted:
+    """What a user wants sampled, checked and spelled out for each sample."""
+
+    def __init__(
+        self,
+        model: Model,
+        labels: Condition | Sequence[int] | None,
+        seeds: Tensor | Sequence[int] | None,
+        noise: Tensor | None,
+        steps: Steps | Sequence[Steps],
+        solver: str,
+        budget: Budget | None,
+        guidance: Guidance | Sequence[Guidance | None] | None,
+        path: str,
+    ) -> None:
+        self.model = model
+        self.y, self.count = _conditions(model, labels, seeds, noise)
+        self.null = None if self.y is None else model.null_condition(self.y)
+        self.seeds = list(range(self.count)) if seeds is None else [int(seed) for seed in seeds]
+        self.flow, self.solver = flow_of(model, path), solver_named(solver)
+        each_steps = _one_each("steps", steps, self.count)
+        grids = {id(each): self.flow.times(self.solver, each) for each in each_steps}
+        noise_levels = {key: self.flow.noise_level(times[:-1]).tolist() for key, times in grids.items()}
+        self.times = [grids[id(each)] for each in each_steps]
+        schedules = budget_schedules(budget, [noise_levels[id(each)] for each in each_steps])
+        level_of = {each: model.level(each) for schedule in schedules for each in set(schedule)}
+        self.levels = [[level_of[each] for each in schedule] for schedule in schedules]
+        self.guidance: list[Guidance | None] = _one_each("guidance", guidance, self.count)
+        self.weak_levels = [None if each is None else weak_level(model, each) for each in self.guidance]
+        if noise is not None and tuple(noise.shape) != (self.count, *self.flow.state_shape):
+            raise ElitError(
+                f"noise has shape {tuple(noise.shape)}; the model takes {(self.count, *self.flow.state_shape)}"
+            )
+        self.noise = noise
+
+    def together(self, indices: Sequence[int]) -> list[list[int]]:
+        """Groups samples by their number of steps: those that one trajectory can hold."""
+        groups: dict[int, list[int]] = {}
+        for index in indices:
+            groups.setdefault(len(self.times[index]), []).append(index)
+        return list(groups.values())
+
+    def trajectory(self, indices: list[int]) -> Trajectory:
+        """Starts samples that take the same number of steps."""
+        rows = torch.tensor(indices)
+        on_device = rows.to(self.model.device)
+        seeds = [self.seeds[index] for index in indices]
+        if self.noise is None:
+            noise = normals([(seed, "start") for seed in seeds], self.flow.state_shape)
+        else:
+            noise = self.noise[rows.to(self.noise.device)]
+        return Trajectory(
+            self.flow,
+            self.solver,
+            noise,
+            times=torch.stack([self.times[index] for index in indices], dim=1),
+            levels=list(zip(*(self.levels[index] for index in indices), strict=True)),
+            y=None if self.y is None else select_condition(self.y, on_device),
+            null=None if self.null is None else select_condition(self.null, on_device),
+            guidance=[self.guidance[index] for index in indices],
+            weak_levels=[self.weak_levels[index] for index in indices],
+            seeds=seeds,
+            device=self.model.device,
+        )
 
 
-def _labels(
+def _one_each(name: str, given: Any, count: int) -> list[Any]:
+    """Spells out a setting that is one for all samples, or a list with one for each."""
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        return [given] * count
+    if len(given) != count:
+        raise ElitError(f"{name} lists {len(given)} values for {count} samples; give one per sample, or one for all")
+    return list(given)
+
+
+def _conditions(
     model: Model, labels: Condition | Sequence[int] | None, seeds: Tensor | Sequence[int] | None, noise: Tensor | None
 ) -> tuple[Condition | None, int]:
-    """Labels (or text) on the model's device, and the number of samples."""
+    """Returns labels (or text) on the model's device, and the number of samples."""
     counts = {
         name: condition_size(v) for name, v in (("labels", labels), ("seeds", seeds), ("noise", noise)) if v is not None
     }
@@ -141,15 +219,6 @@ def _labels(
     if not counts or min(counts.values()) == 0:
         raise ElitError("nothing to sample: give labels, seeds or noise, one per sample")
     if (labels is None) == model.conditional:
-        classes = model.config.num_classes
-        has = f"{classes} classes: give labels" if classes else "a text stream: give text"
-        raise ElitError(f"the model has {has if labels is None else 'no classes: give no labels'}")
+        has = "takes text: give text" if model.takes_text else f"has {model.config.num_classes} classes: give labels"
+        raise ElitError(f"the model {has if labels is None else 'has no classes: give no labels'}")
     return None if labels is None else model.as_condition(labels), next(iter(counts.values()))
-
-
-def _start(shape: tuple[int, ...], count: int, seeds: Tensor | Sequence[int] | None, noise: Tensor | None) -> Tensor:
-    if noise is None:
-        return _normal(range(count) if seeds is None else [int(s) for s in seeds], "start", shape)
-    if tuple(noise.shape) != (count, *shape):
-        raise ElitError(f"noise has shape {tuple(noise.shape)}; the model takes {(count, *shape)}")
-    return noise

@@ -1,12 +1,13 @@
-"""Solvers from noise (t = 1) to data (t = 0): plain functions of one signature, in float64.
+"""Solvers from noise (t = 1) to data (t = 0), in float64.
 
-A solver takes ``velocity(x, t, step)``, the state x, the times (a float64 vector from :func:`time_grid`, or rows that
-broadcast against x where its elements have times of their own), the path, a source of noise ``draw(step)`` and a
-callback. Only the stochastic solver looks at path and draw.
+A solver is one step, written as a generator: it yields the state and the moment at which it wants to know the velocity,
+is sent the velocity, and returns the state at the end of the step. It knows no model, no guidance and no batch, so
+:func:`elit.sample` and a server that advances whatever is in flight share it. To add one, write such a function and
+give it a name in :data:`SOLVERS`.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Generator
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,79 +15,118 @@ from torch import Tensor
 from elit.errors import ElitError
 from elit.flow.paths import Path, score
 
-Velocity = Callable[[Tensor, Tensor, int], Tensor]
-Draw = Callable[[int], Tensor]
+
+class Moment(NamedTuple):
+    """The times of some samples at one point of their way, in the forms in which they are needed.
+
+    Attributes:
+        host: (B,) float64 on the CPU, for guidance intervals; of a multi-scale model (B, S).
+        model: the same in float32 on the model's device, what a model takes.
+        state: the same in float64 on the model's device, of a shape that broadcasts against the state.
+    """
+
+    host: Tensor
+    model: Tensor
+    state: Tensor
 
 
-class StepInfo(NamedTuple):
-    """What a callback is told after each step: its index, the time and state that it ended at."""
+class Step(NamedTuple):
+    """What a solver is told of a step.
 
-    step: int
-    steps: int
-    t: float | Tensor
-    x: Tensor
+    Attributes:
+        start, end: its moments.
+        is_last: whether it ends at the data.
+        path: the path between data and noise.
+        noise: draws standard normal noise like the state, for this step; only stochastic solvers call it.
+    """
+
+    start: Moment
+    end: Moment
+    is_last: bool
+    path: Path
+    noise: Callable[[], Tensor]
+
+    @property
+    def dt(self) -> Tensor:
+        return self.end.state - self.start.state
 
 
-Callback = Callable[[StepInfo], None]
-Solver = Callable[[Velocity, Tensor, Tensor, Path, Draw, Callback | None], Tensor]
+StepGenerator: TypeAlias = Generator[tuple[Tensor, Moment], Tensor, Tensor]
+"""Yields (state, moment), is sent the velocity there, and returns the state at the end of the step."""
+
+
+def euler(x: Tensor, step: Step) -> StepGenerator:
+    """Takes one step of first order, with one evaluation."""
+    v = yield x, step.start
+    return x + step.dt * v
+
+
+def heun(x: Tensor, step: Step) -> StepGenerator:
+    """Takes one step of second order: an Euler step, corrected (but for the last) by the velocity at its end (EDM, Alg.
+    1)."""
+    v = yield x, step.start
+    end = x + step.dt * v
+    if step.is_last:
+        return end
+    v_end = yield end, step.end
+    return x + step.dt * (v + v_end) / 2
+
+
+def euler_maruyama(x: Tensor, step: Step) -> StepGenerator:
+    """Takes one step of the reverse SDE with diffusion 2 sigma(t) (SiT, Eq. 5): drift ``v - sigma * score``, noise
+    ``sqrt(2 sigma |dt|)``.
+
+    The last step keeps the drift and adds no noise. What does not move in a step (a stage of a pyramid that is done)
+    stays as it is: at t = 0 there is no score.
+    """
+    v = yield x, step.start
+    t, dt, path = step.start.state, step.dt, step.path
+    sigma = path.sigma(t)
+    moved = x + dt * (v - sigma * score(path, x, v, t))
+    if not step.is_last:
+        moved = moved + (2 * sigma * dt.abs()).sqrt() * step.noise()
+    return torch.where(dt == 0, x, moved)
+
 
 SDE_LAST_TIME = 0.04  # the stochastic solver takes its last step, without noise, from here
 
 
-def euler(
-    velocity: Velocity, x: Tensor, times: Tensor, path: Path, draw: Draw, callback: Callback | None = None
-) -> Tensor:
-    """First order, one evaluation per step."""
-    steps = len(times) - 1
-    for step, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
-        x = x + (t_next - t) * velocity(x, t, step)
-        if callback:
-            callback(StepInfo(step, steps, t_next, x))
-    return x
+def equal_times(steps: int) -> Tensor:
+    """Returns the times of equal steps from 1 to 0: (steps + 1,)."""
+    return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
 
-def heun(
-    velocity: Velocity, x: Tensor, times: Tensor, path: Path, draw: Draw, callback: Callback | None = None
-) -> Tensor:
-    """Second order: every Euler step but the last is corrected by the velocity at its end (EDM, Alg. 1)."""
-    steps = len(times) - 1
-    for step, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
-        v = velocity(x, t, step)
-        end = x + (t_next - t) * v
-        if step < steps - 1:
-            end = x + (t_next - t) * (v + velocity(end, t_next, step)) / 2
-        x = end
-        if callback:
-            callback(StepInfo(step, steps, t_next, x))
-    return x
+def sde_times(steps: int) -> Tensor:
+    """Returns the times of equal steps from 1 to 0.04, and of a last one to 0: (steps + 1,)."""
+    return torch.cat((torch.linspace(1, SDE_LAST_TIME, steps, dtype=torch.float64), torch.zeros(1).double()))
 
 
-def euler_maruyama(
-    velocity: Velocity, x: Tensor, times: Tensor, path: Path, draw: Draw, callback: Callback | None = None
-) -> Tensor:
-    """The reverse SDE with diffusion 2 sigma(t) (SiT, Eq. 5): drift ``v - sigma * score``, noise ``sqrt(2 sigma
-    |dt|)``.
+class Solver(NamedTuple):
+    """A solver by name.
 
-    The last step keeps the drift and adds no noise.
+    Attributes:
+        step: takes one step.
+        times: gives the times of a number of steps, from 1 to 0 in float64.
+        evaluations: of a step; the last one takes a single one.
     """
-    steps = len(times) - 1
-    for step, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
-        v = velocity(x, t, step)
-        dt, sigma = t_next - t, path.sigma(t)
-        x = x + dt * (v - sigma * score(path, x, v, t))
-        if step < steps - 1:
-            x = x + (2 * sigma * dt.abs()).sqrt() * draw(step)
-        if callback:
-            callback(StepInfo(step, steps, t_next, x))
-    return x
+
+    step: Callable[[Tensor, Step], StepGenerator]
+    times: Callable[[int], Tensor] = equal_times
+    evaluations: int = 1
 
 
-SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun, "sde": euler_maruyama}
+SOLVERS = {
+    "euler": Solver(euler),
+    "heun": Solver(heun, evaluations=2),
+    "sde": Solver(euler_maruyama, sde_times),
+}
 
 
 def solver_named(name: str) -> Solver:
-    """Raises:
-    ElitError: no solver has this name.
+    """Finds a solver by its name.
+
+    Raises:
+        ElitError: no solver has this name.
     """
     if name not in SOLVERS:
         raise ElitError(f"no solver is named {name!r}; there are {', '.join(SOLVERS)}")
@@ -94,8 +134,10 @@ def solver_named(name: str) -> Solver:
 
 
 def check_steps(steps: int) -> int:
-    """Raises:
-    ElitError: it is not a whole number, at least 1.
+    """Returns a number of steps as it is.
+
+    Raises:
+        ElitError: it is not a whole number, at least 1.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ElitError(f"steps is {steps!r}; it must be a whole number, at least 1")
@@ -103,13 +145,9 @@ def check_steps(steps: int) -> int:
 
 
 def time_grid(solver: str, steps: int) -> Tensor:
-    """Times of ``steps`` steps, from 1 to 0 in float64: equal steps, or for ``sde`` from 1 to 0.04 and then to 0.
+    """Returns the times of ``steps`` steps of a solver, from 1 to 0 in float64: (steps + 1,).
 
     Raises:
         ElitError: no such solver, or too few steps.
     """
-    solver_named(solver)
-    check_steps(steps)
-    if solver == "sde":
-        return torch.cat((torch.linspace(1, SDE_LAST_TIME, steps, dtype=torch.float64), torch.zeros(1).double()))
-    return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return solver_named(solver).times(check_steps(steps))

@@ -1,8 +1,17 @@
 """The latent interface: token grid and windows, Read, Write, budgets. It knows no backbone."""
 
-from elit.interface.budget import Budget, BudgetByNoise, budget_per_step, check_budget, draw_level, to_level
+from elit.interface.budget import (
+    Budget,
+    BudgetByNoise,
+    budget_schedule,
+    budget_schedules,
+    check_budget,
+    draw_level,
+    listed,
+    to_level,
+)
 from elit.interface.grid import TokenGrid, coordinates, triple
-from elit.interface.latent import InterfaceConfig, LatentInterface, Read, Spatial, Write
+from elit.interface.latent import InterfaceConfig, LatentInterface, Read, Write
 
 __all__ = [
     "Budget",
@@ -10,13 +19,14 @@ __all__ = [
     "InterfaceConfig",
     "LatentInterface",
     "Read",
-    "Spatial",
     "TokenGrid",
     "Write",
-    "budget_per_step",
+    "budget_schedule",
+    "budget_schedules",
     "check_budget",
     "coordinates",
     "draw_level",
+    "listed",
     "to_level",
     "triple",
 ]

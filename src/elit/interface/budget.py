@@ -1,24 +1,24 @@
-"""Budgets: what fraction of the latents is used, which levels exist, how training draws one and how sampling
-schedules them.
+"""Budgets and levels: how much of the latents is used, as people say it and as code passes it.
 
-*budget* is a fraction in (0, 1] of the J latents of a window; a *level* is a number of latents J~ that a model was
-trained for.
+A *budget* is the fraction of a window's J latents that is used, in (0, 1]. A *level* is a whole number of latents J~
+that a model was trained for. A budget becomes a level once, where a user gives it (:func:`to_level`); everything
+inside passes levels.
 """
 
 import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
+
+from torch import Tensor
 
 from elit.errors import ElitError
 from elit.seeding import derive_seed
 
-Rounding = Literal["nearest", "down"]
-
 
 def check_budget(budget: float, name: str = "budget") -> float:
-    """The budget as a float.
+    """Returns the budget as a float.
 
     Raises:
         ElitError: it is not a number in (0, 1].
@@ -28,28 +28,41 @@ def check_budget(budget: float, name: str = "budget") -> float:
     return float(budget)
 
 
-def to_level(budget: float, levels: Sequence[int], num_latents: int, rounding: Rounding = "nearest") -> int:
-    """The level that a budget means: J * budget, to the nearest level, or down (published checkpoints: ``int(J *
-    budget)``).
+def to_level(budget: float, levels: Sequence[int], num_latents: int, round_down: bool = False) -> int:
+    """Turns a budget into the nearest of a model's levels; of two that are equally near, the larger.
 
-    Of two levels equally near, the larger. A budget below the smallest level gives the smallest.
-    ``to_level(k / J, ...)`` is k for every level k.
+    Less than one latent means one. ``to_level(k / J, ...)`` is k for every level k.
 
     Args:
-        levels: valid numbers of latents, ascending.
+        levels: the trained numbers of latents, ascending.
         num_latents: J.
+        round_down: take ``int(J * budget)`` latents, as the published checkpoints do, instead of the nearest number.
+
+    Raises:
+        ElitError: the budget is not in (0, 1], or means fewer latents than the lowest level.
     """
-    wanted = check_budget(budget) * num_latents
-    if rounding == "down":
-        wanted += 1e-9 * num_latents  # k / J * J may fall below k in floating point
-        return max((level for level in levels if level <= wanted), default=levels[0])
+    wanted = round(check_budget(budget) * num_latents, 9)  # 9 digits: k / J * J may fall below k
+    wanted = max(1.0, float(math.floor(wanted)) if round_down else wanted)
+    if math.floor(wanted + 0.5) < levels[0]:
+        raise ElitError(
+            f"budget {budget:g} means {wanted:g} of {num_latents} latents, and the model was trained with "
+            f"{listed(levels)}: take at least {levels[0] / num_latents:g}, or load it with untrained_levels"
+        )
     return min(levels, key=lambda level: (abs(level - wanted), -level))
 
 
-def draw_level(levels: Sequence[int], seed: int, step: int, weights: Sequence[float] | None = None) -> int:
-    """The level of one training step: uniform over the levels, or by weights.
+def listed(levels: Sequence[int]) -> str:
+    """Writes levels as people read them: ``1 to 16``, or ``4, 8 and 16``."""
+    if len(levels) > 2 and list(levels) == list(range(levels[0], levels[-1] + 1)):
+        return f"{levels[0]} to {levels[-1]}"
+    *most, last = map(str, levels)
+    return f"{', '.join(most)} and {last}" if most else last
 
-    A function of (seed, step) alone, so that all processes agree without talking and a resumed run draws the same.
+
+def draw_level(levels: Sequence[int], seed: int, step: int, weights: Sequence[float] | None = None) -> int:
+    """Draws the level of one training step: uniformly, or by weights.
+
+    It is a function of (seed, step) alone: all processes agree without talking, and a resumed run draws the same.
 
     Raises:
         ElitError: another number of weights than of levels.
@@ -87,14 +100,16 @@ class BudgetByNoise:
         return next((b for h, b in zip(self.thresholds, self.budgets, strict=False) if t > h), self.budgets[-1])
 
 
-Budget: TypeAlias = float | Sequence[float] | Callable[[float], float]
-"""One budget, one per step, or a function of the noise level t (:class:`BudgetByNoise` or any other)."""
+Budget: TypeAlias = float | Sequence[float] | Callable[[float], float] | Tensor
+"""One budget for all; a list with one per step; a function of the noise level t (:class:`BudgetByNoise` or any other);
+or a tensor with one per sample, (B,), or one per sample and step, (B, steps)."""
 
 
-def budget_per_step(budget: Budget | None, times: Sequence[float], name: str = "budget") -> list[float | None]:
-    """Spells a budget out, one per sampling step; ``None`` (everything) stays None.
+def budget_schedule(budget: Budget | None, times: Sequence[float], name: str = "budget") -> list[float | None]:
+    """Spells out the budgets of one sample, one per sampling step; ``None`` (everything) stays None.
 
     Args:
+        budget: as :data:`Budget`, but no tensor: that one is split by sample first.
         times: noise level at which each step starts.
 
     Raises:
@@ -102,32 +117,68 @@ def budget_per_step(budget: Budget | None, times: Sequence[float], name: str = "
     """
     if budget is None:
         return [None] * len(times)
-    if callable(budget):
+    if callable(budget) and not isinstance(budget, Tensor):
         return [check_budget(budget(t), name) for t in times]
     if isinstance(budget, Sequence) and not isinstance(budget, str):
         if len(budget) != len(times):
             raise ElitError(f"{name} lists {len(budget)} values for {len(times)} sampling steps; give one per step")
         return [check_budget(b, name) for b in budget]
-    return [check_budget(budget, name)] * len(times)
+    return [check_budget(budget, name)] * len(times)  # type: ignore[arg-type]
+
+
+def budget_schedules(
+    budget: Budget | None, times: Sequence[Sequence[float]], name: str = "budget"
+) -> list[list[float | None]]:
+    """Spells out the budgets of several samples: for each, one per sampling step.
+
+    Args:
+        times: of each sample, the noise level at which each of its steps starts.
+
+    Raises:
+        ElitError: a budget outside (0, 1], or a list or tensor of another length than samples and steps have.
+    """
+    if not isinstance(budget, Tensor) or budget.dim() == 0:
+        given = budget.item() if isinstance(budget, Tensor) else budget
+        return [budget_schedule(given, of_sample, name) for of_sample in times]
+    longest = max(len(of_sample) for of_sample in times)
+    if budget.shape not in ((len(times),), (len(times), longest)):
+        raise ElitError(
+            f"{name} is a tensor of shape {tuple(budget.shape)}; for {len(times)} samples of {longest} steps give "
+            f"({len(times)},) or ({len(times)}, {longest})"
+        )
+    rows: list[float | list[float]] = budget.tolist()
+    return [
+        budget_schedule(row[: len(of_sample)] if isinstance(row, list) else row, of_sample, name)
+        for row, of_sample in zip(rows, times, strict=True)
+    ]
 
 
 def default_min_latents(num_latents: int) -> int:
-    """J_min of the paper: 1 of 16 at 256px, 4 of 64 at 512px."""
+    """Returns J_min of the paper: 1 of 16 at 256px, 4 of 64 at 512px."""
     return max(1, math.floor(num_latents / 16))
 
 
-def valid_levels(num_latents: int, smallest: int | None = None, step: int = 1) -> tuple[int, ...]:
-    """The levels of windows of J latents, ascending: the multiples of ``step`` from ``smallest`` to J.
+def valid_levels(
+    num_latents: int, smallest: int | None = None, step: int = 1, trained: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Lists the levels of windows of J latents, ascending: those that were trained, or all multiples of ``step`` from
+    ``smallest`` to J.
 
     Args:
         smallest: J_min; None is the paper's. Where it is no multiple of ``step``, the next one is the first level.
+        trained: the levels themselves, in any order; ``smallest`` then says nothing.
 
     Raises:
-        ElitError: a smallest level outside 1..J, or a J that is no multiple of ``step``.
+        ElitError: a level or smallest level outside 1..J, or one (or J) that is no multiple of ``step``.
     """
     smallest = default_min_latents(num_latents) if smallest is None else smallest
     if not 1 <= smallest <= num_latents:
         raise ElitError(f"min_latents is {smallest}; a window has 1 to {num_latents} latents")
     if num_latents % step:
         raise ElitError(f"a window of {num_latents} latents has no runs of {step}, which this model merges")
-    return tuple(range(math.ceil(smallest / step) * step, num_latents + 1, step))
+    if trained is None:
+        return tuple(range(math.ceil(smallest / step) * step, num_latents + 1, step))
+    possible = range(step, num_latents + 1, step)
+    if not trained or any(level not in possible for level in trained):
+        raise ElitError(f"levels is {list(trained)}; a window of {num_latents} latents has the levels {list(possible)}")
+    return tuple(sorted(set(trained)))

@@ -6,13 +6,13 @@ inside a window and is one batched attention over B * G.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from elit.errors import ElitError
-from elit.interface.budget import Rounding, to_level, valid_levels
+from elit.interface.budget import to_level, valid_levels
 from elit.interface.grid import TokenGrid, Triple, coordinates, triple
 from elit.layers import CrossAttention, Mlp, Modulation, Rotary, RotaryTable, init_model, layer_norm, modulate, rotary
 
@@ -23,7 +23,9 @@ class InterfaceConfig:
 
     Attributes:
         group_size: side of a window in tokens, or (time, height, width). J is the number of tokens in a window.
-        min_latents: smallest level J_min; None is J / 16, the paper's.
+        levels: the numbers of latents J~ that the model is trained with; None is all from ``min_latents`` to J.
+            Training fills it in, and a saved model keeps it.
+        min_latents: smallest level J_min where ``levels`` is None; None is J / 16, the paper's.
         variant: ``paper`` (pre-norms everywhere, rotary positions) or ``published`` (the released SiT checkpoints:
             queries of Read and inputs of Write not normalized, query-key norms over the full width, learned window
             and latent positions, budgets rounded down).
@@ -38,6 +40,7 @@ class InterfaceConfig:
     variant: Literal["paper", "published"] = "paper"
     write_depth: int = 1
     tail_visible: bool = False
+    levels: tuple[int, ...] | None = None
 
 
 class Read(nn.Module):
@@ -86,19 +89,11 @@ class Write(nn.Module):
         nn.init.zeros_(self.mlp.fc2.weight)
 
 
-class Spatial(NamedTuple):
-    """What Write needs from Read: the spatial tokens in windows (B, G, J, D), and the latents beyond the budget, if
-    visible."""
-
-    windows: Tensor
-    tail: Tensor | None
-
-
 class LatentInterface(nn.Module):
-    """Read and Write around the core: ``latents, spatial = read(...)``, core blocks on the latents, ``write(latents,
-    spatial)``.
+    """Reads spatial tokens into latents before the core of a transformer, and writes them back after it.
 
-    It knows no backbone: it needs tokens (B, N, D), a condition (B, D) and a level J~.
+    The steps are ``to_windows``, ``read``, core blocks on the first J~ latents, ``with_tail``, ``write``. It knows no
+    backbone: it needs tokens (B, N, D), their grid, a condition (B, D) and a level J~.
 
     Args:
         grid_size: tokens along (T, H, W) that the model is built for. Rotary positions work on other grids too.
@@ -106,7 +101,8 @@ class LatentInterface(nn.Module):
         level_step: levels are multiples of it, for a core that works on runs of so many latents.
 
     Raises:
-        ElitError: windows that do not tile the grid, an impossible ``min_latents``, or windows without whole runs.
+        ElitError: windows that do not tile the grid, impossible ``levels`` or ``min_latents``, or windows without whole
+            runs.
     """
 
     MAX_POSITIONS = 4096  # learned latent positions of the published checkpoints
@@ -126,8 +122,8 @@ class LatentInterface(nn.Module):
         self.head_dim = width // num_heads
         self.rope_theta = rope_theta
         self.num_latents = self.grid.window_tokens
-        self.levels = valid_levels(self.num_latents, config.min_latents, level_step)
-        self.rounding: Rounding = "down" if self.published else "nearest"
+        self.level_step = level_step
+        self.levels = valid_levels(self.num_latents, config.min_latents, level_step, config.levels)
 
         self.latents = nn.Parameter(torch.empty(self.num_latents, width))
         self.read_layer = Read(width, num_heads, config.variant)
@@ -155,9 +151,13 @@ class LatentInterface(nn.Module):
         for parameter in self.parameters(recurse=False):
             nn.init.normal_(parameter, std=0.02)
 
+    def allow_untrained_levels(self) -> None:
+        """Makes every possible number of latents a level, also those that were not trained."""
+        self.levels = valid_levels(self.num_latents, self.level_step, self.level_step)
+
     def level(self, budget: float | None) -> int:
-        """J~ for a budget in (0, 1]; None is everything."""
-        return self.num_latents if budget is None else to_level(budget, self.levels, self.num_latents, self.rounding)
+        """Turns a budget in (0, 1] into the nearest trained level; None is the highest one."""
+        return self.levels[-1] if budget is None else to_level(budget, self.levels, self.num_latents, self.published)
 
     def grid_of(self, size: Triple) -> TokenGrid:
         """Windows of a token grid that may differ from the one the interface was built for.
@@ -171,32 +171,43 @@ class LatentInterface(nn.Module):
             raise ElitError(f"the learned latent positions are those of a {self.grid.size} grid, not of {size}")
         return TokenGrid(size, self.grid.window)
 
-    def read(self, s: Tensor, c: Tensor, grid: TokenGrid, level: int) -> tuple[Tensor, Spatial]:
-        """Spatial tokens s (B, N, D) and condition c (B, D) -> J~ = ``level`` latents of every window, as (B, K, D)."""
+    def to_windows(self, s: Tensor, grid: TokenGrid) -> Tensor:
+        """Brings spatial tokens (B, N, D) into the windows that Read and Write work in: (B, G, J, D)."""
         windows = grid.to_windows(s)
-        if self.published:
-            windows = windows + self.read_positions
-        filled = self.num_latents if self.config.tail_visible else level
-        latents = self.latents[:filled].expand(s.shape[0], grid.num_windows, -1, -1)
-        latents = self.read_layer(latents, windows, c, self.window_rope())
-        if self.published:
-            positions = self.latent_positions[: grid.num_tokens].view(grid.num_windows, self.num_latents, -1)
-            latents = latents + positions[:, :filled]
-        tail = latents[:, :, level:] if filled > level else None
-        return latents[:, :, :level].flatten(1, 2), Spatial(windows, tail)
+        return windows + self.read_positions if self.published else windows
 
-    def write(self, latents: Tensor, spatial: Spatial, grid: TokenGrid) -> Tensor:
-        """Latents (B, K, D) after the core, and what :meth:`read` kept -> spatial tokens (B, N, D)."""
-        windows, tail = spatial
-        latents = latents.unflatten(1, (grid.num_windows, -1))
-        if tail is not None:
-            latents = torch.cat((latents, tail), dim=2)
+    def read(self, windows: Tensor, c: Tensor, level: int) -> Tensor:
+        """Fills ``level`` latents of every window: windows (B, G, J, D), condition (B, D) -> latents (B, G, J~, D).
+
+        A latent does not depend on the others, so reading at a higher level and slicing gives the same. Where the tail
+        is visible all J are filled, (B, G, J, D).
+        """
+        filled = self.num_latents if self.config.tail_visible else level
+        latents = self.latents[:filled].expand(*windows.shape[:2], -1, -1)
+        latents = self.read_layer(latents, windows, c, self.window_rope())
+        if not self.published:
+            return latents
+        num_windows = windows.shape[1]
+        positions = self.latent_positions[: num_windows * self.num_latents].unflatten(0, (num_windows, -1))
+        return latents + positions[:, :filled]
+
+    def with_tail(self, latents: Tensor, filled: Tensor) -> Tensor:
+        """Returns what Write sees: latents (B, G, J~, D) after the core, and behind them those beyond the budget as
+        Read left them (``filled``, what :meth:`read` gave) where the tail is visible.
+        """
+        level = latents.shape[2]
+        if not self.config.tail_visible or level == self.num_latents:
+            return latents
+        return torch.cat((latents, filled[:, :, level:]), dim=2)
+
+    def write(self, windows: Tensor, latents: Tensor) -> Tensor:
+        """Writes latents (B, G, J~, D) back into the spatial tokens of their windows (B, G, J, D)."""
         if self.published:
             windows = windows + self.write_positions
         rope = self.window_rope()
         for layer in self.write_layers:
             windows = layer(windows, latents, rope)
-        return grid.from_windows(windows)
+        return windows
 
     def window_rope(self) -> Rotary | None:
         """Rotary positions (J, d / 2) of a window's tokens inside it, the same in every window; the latents are the

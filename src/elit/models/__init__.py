@@ -6,18 +6,24 @@ from elit.models.dit import DiT, DiTConfig
 from elit.models.hdit import HDiT, HDiTConfig
 from elit.models.mmdit import MMDiT, MMDiTConfig
 from elit.models.registry import config_for, create, names
+from elit.models.transformer import Core, Encoded, Stream, Transformer, TransformerConfig
 from elit.models.uvit import UViT, UViTConfig
 
 __all__ = [
     "DFM",
+    "Core",
     "DFMConfig",
     "DiT",
     "DiTConfig",
+    "Encoded",
     "HDiT",
     "HDiTConfig",
     "MMDiT",
     "MMDiTConfig",
     "Model",
+    "Stream",
+    "Transformer",
+    "TransformerConfig",
     "UViT",
     "UViTConfig",
     "config_for",

@@ -1,42 +1,29 @@
-"""What every backbone has: a configuration, budgets, and `save_pretrained` / `from_pretrained` / `push_to_hub`."""
+"""What every backbone is to its callers: a configuration, levels, conditions, and a forward in parts."""
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from elit.conditions import Condition, Text, map_condition
 from elit.errors import ElitError
 from elit.interface import LatentInterface, check_budget
+from elit.models.hub import HubModel
 
-CARD = """---
-library_name: elit
-tags: [elit, diffusion, flow-matching]
----
-
-# {name}, {millions:.1f} M parameters
-
-A diffusion transformer saved by [ELIT](https://arxiv.org/abs/2603.12245), `pip install elit-diffusion`:
-
-```python
-import elit
-
-model = elit.load("this/repository")  # {elastic}
-samples = elit.sample(model, {labels}seeds=[0, 1])
-```
-
-Fill in: training data, licence of the weights, results.
-"""
+Levels = int | Sequence[int]
+"""Numbers of latents J~: one for the whole batch, or one per sample."""
 
 
-class Model(nn.Module, PyTorchModelHubMixin, library_name="elit"):
-    """A velocity model ``v = model(x, t, y, budget=...)``.
+class Model(nn.Module, HubModel):
+    """A velocity model: ``v = model(x, t, y, budget=...)``.
+
+    A forward has two halves, for callers that share the first: :meth:`encode` knows no budget, and :meth:`at_levels`
+    takes each sample on from there at its own number of latents.
 
     Attributes:
-        config: the dataclass that rebuilds it.
-        interface: its latent interface, or None.
+        config: the dataclass that rebuilds the model.
+        interface: its latent interface, or None for a plain transformer.
     """
 
     config: Any
@@ -46,15 +33,96 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="elit"):
         super().__init__()
         self.config = config
 
+    # -------------------------------------------------------------------------------------------- the forward
+
+    def forward(
+        self,
+        x: Any,
+        t: Tensor,
+        y: Any = None,
+        budget: float | Sequence[float] | Tensor | None = None,
+        *,
+        num_latents: Levels | None = None,
+    ) -> Any:
+        """Returns the velocity at x, of the same shape as x.
+
+        Args:
+            x: (B, C, H, W), or (B, C, T, H, W) for video, in the dtype of the weights; of a multi-scale model (DFM) a
+                list of its stages.
+            t: (B,) in [0, 1], float32; 1 is noise and 0 is data. Of a multi-scale model (B, S).
+            y: (B,) labels, where the label ``num_classes`` is the null class; for a model of text a
+                :class:`~elit.conditions.Text`; None for an unconditional model.
+            budget: fraction of the latents in (0, 1], for all or one per sample; None is all of them.
+            num_latents: the same as whole numbers J~, in place of ``budget``: what code passes.
+
+        Raises:
+            ElitError: a budget that the model was not trained for, both of budget and num_latents, a condition that
+                is missing, or a shape that does not fit.
+        """
+        if num_latents is None:
+            num_latents = self.levels_of(budget, len(t))
+        elif budget is not None:
+            raise ElitError("give a budget or num_latents, not both")
+        return self.at_levels(self.encode(x, t, y), num_latents)
+
+    def encode(self, x: Any, t: Tensor, y: Any = None) -> Any:
+        """Does what no budget changes: embedding, condition and head. Takes x, t and y as :meth:`forward`."""
+        raise NotImplementedError
+
+    def at_levels(self, encoded: Any, num_latents: Levels, rows: Sequence[int] | None = None) -> Any:
+        """Returns velocities from what :meth:`encode` gave, each sample at its own level.
+
+        Args:
+            num_latents: J~ of all, or of each; 0 without an interface.
+            rows: which samples of the encoded batch, None for each once. One may stand there several times, at several
+                levels: what they share is computed once.
+        """
+        raise NotImplementedError
+
+    # -------------------------------------------------------------------------------------------- levels
+
     @property
     def levels(self) -> tuple[int, ...]:
-        """The valid numbers of latents per window J~, ascending; empty without an interface."""
+        """The numbers of latents per window J~ that were trained, ascending; empty without an interface."""
         return () if self.interface is None else self.interface.levels
 
     @property
     def num_latents(self) -> int:
-        """J; 0 without an interface."""
+        """J, the number of latents per window; 0 without an interface."""
         return 0 if self.interface is None else self.interface.num_latents
+
+    def level(self, budget: float | None) -> int:
+        """Turns a budget into a level J~: the nearest that was trained; 0 without an interface.
+
+        Raises:
+            ElitError: a budget outside (0, 1] or below what was trained, or below 1 without an interface.
+        """
+        if self.interface is not None:
+            return self.interface.level(budget)
+        if budget is not None and check_budget(budget) != 1:
+            raise ElitError(f"budget is {budget}, but this model has no latent interface: it always runs in full")
+        return 0
+
+    def allow_untrained_levels(self) -> Self:
+        """Makes every possible number of latents a level of this model, for the curious, and returns the model."""
+        if self.interface is not None:
+            self.interface.allow_untrained_levels()
+        return self
+
+    def levels_of(self, budget: float | Sequence[float] | Tensor | None, batch_size: int) -> Levels:
+        """Turns the budget of a batch, or one budget per sample, into levels.
+
+        Raises:
+            ElitError: as :meth:`level`, or another number of budgets than samples.
+        """
+        given = budget.tolist() if isinstance(budget, Tensor) else budget
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            return self.level(given)
+        if len(given) != batch_size:
+            raise ElitError(f"{len(given)} budgets for {batch_size} samples; give one for each, or one for all")
+        return [self.level(each) for each in given]
+
+    # -------------------------------------------------------------------------------------------- inputs
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,37 +132,33 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="elit"):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def level(self, budget: float | None) -> int:
-        """J~ for a budget; 0 without an interface.
-
-        Raises:
-            ElitError: a budget outside (0, 1], or below 1 without an interface.
-        """
-        if self.interface is not None:
-            return self.interface.level(budget)
-        if budget is not None and check_budget(budget) != 1:
-            raise ElitError(f"budget is {budget}, but this model has no latent interface: it always runs in full")
-        return 0
-
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input: (C, H, W)."""
+        """Returns the shape of one sample: (C, H, W), or (C, T, H, W)."""
         size = self.config.input_size
         return (self.config.in_channels, *((size, size) if isinstance(size, int) else size))
 
-    def example(self, batch_size: int) -> tuple[Any, Tensor]:
-        """Random x and t of the shapes that a forward takes, on the model's device and in its dtype: for measuring."""
-        x = torch.randn(batch_size, *self.input_shape(), device=self.device, dtype=self.dtype)
-        return x, torch.rand(batch_size, device=self.device)
+    @property
+    def stage_shapes(self) -> list[tuple[int, ...]] | None:
+        """Shapes of the stages that a multi-scale model takes, the coarsest first; None for one that takes samples as
+        they are."""
+        return None
+
+    # -------------------------------------------------------------------------------------------- conditions
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether conditions are text."""
+        return False
 
     @property
     def conditional(self) -> bool:
-        """Whether a forward takes conditions: labels, or in other backbones text."""
+        """Whether a forward takes conditions: labels or text."""
         return bool(self.config.num_classes)
 
     def as_condition(self, given: Any) -> Condition:
-        """Conditions as a forward takes them, on the model's device, from what a user gives: here labels (B,).
+        """Turns what a user gives into conditions that a forward takes, on the model's device: here labels (B,).
 
-        Looks at the values of labels, once and at the user's edge (a forward does not).
+        It looks at the values of labels, once and at the user's edge (a forward does not).
 
         Raises:
             ElitError: no whole numbers, or a label outside 0..num_classes - 1. The null class is for guidance and
@@ -114,58 +178,29 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="elit"):
             raise ElitError(f"label {int(wrong[0])} does not exist; the model knows 0..{classes - 1}")
         return y.to(self.device)
 
-    def example_condition(self, batch_size: int) -> Condition | None:
-        """Conditions of the shapes that a forward takes: for measuring."""
-        return torch.zeros(batch_size, dtype=torch.long, device=self.device) if self.conditional else None
-
     def null_condition(self, y: Condition) -> Condition:
-        """The condition of "no class" for each of y."""
+        """Returns the condition "no class" (or the empty prompt) for each of y."""
         return map_condition(lambda labels: torch.full_like(labels, self.config.num_classes), y)
 
     def drop_condition(self, y: Condition, dropped: Tensor) -> Condition:
-        """Conditions y of a batch, those marked in ``dropped`` (B,) replaced by :meth:`null_condition`."""
+        """Replaces those conditions y of a batch that are marked in ``dropped`` (B,) by :meth:`null_condition`."""
 
         def choose(null: Tensor, value: Tensor) -> Tensor:
             return torch.where(dropped.view(-1, *(1,) * (value.dim() - 1)), null, value)
 
         return map_condition(choose, self.null_condition(y), y)
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The card that is saved beside the weights, for the author to complete."""
-        elastic = f"{len(self.levels)} budgets" if self.levels else "no latent interface"
-        millions = sum(p.numel() for p in self.parameters()) / 1e6
-        labels = "labels=[0, 1], " if self.config.num_classes else ""
-        return ModelCard(CARD.format(name=type(self).__name__, millions=millions, elastic=elastic, labels=labels))
+    # -------------------------------------------------------------------------------------------- for measuring
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Writes ``config.json``, ``model.safetensors`` and a model card into a folder.
+    def example(self, batch_size: int) -> tuple[Any, Tensor]:
+        """Draws x and t of the shapes that a forward takes, on the model's device and in its dtype."""
+        device, dtype, stages = self.device, self.dtype, self.stage_shapes
+        if stages is None:
+            x: Any = torch.randn(batch_size, *self.input_shape(), device=device, dtype=dtype)
+            return x, torch.rand(batch_size, device=device)
+        x = [torch.randn(batch_size, *shape, device=device, dtype=dtype) for shape in stages]
+        return x, torch.rand(batch_size, len(stages), device=device)
 
-        Args:
-            options: ``push_to_hub``, ``repo_id``, ... of :class:`~huggingface_hub.PyTorchModelHubMixin`.
-
-        Raises:
-            ElitError: the folder cannot be written.
-        """
-        try:
-            return super().save_pretrained(save_directory, **options)
-        except OSError as error:
-            raise ElitError(f"cannot save to {save_directory}: {error.strerror or error}") from error
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        from elit.models.files import save_model
-
-        save_model(self, save_directory)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
-        """:func:`elit.load`, and a check of the class.
-
-        Raises:
-            ElitError: nothing is there, it is damaged, or it is a model of another class.
-        """
-        from elit.models.files import load
-
-        model = load(pretrained_model_name_or_path, **options)
-        if not isinstance(model, cls):
-            raise ElitError(f"{pretrained_model_name_or_path} holds a {type(model).__name__}, not a {cls.__name__}")
-        return model
+    def example_condition(self, batch_size: int) -> Condition | None:
+        """Returns conditions of the shapes that a forward takes."""
+        return torch.zeros(batch_size, dtype=torch.long, device=self.device) if self.conditional else None

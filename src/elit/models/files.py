@@ -253,9 +253,10 @@ def load(
     num_heads: int | None = None,
     head_depth: int | None = None,
     tail_depth: int | None = None,
+    untrained_levels: bool = False,
     **hub: Any,
 ) -> Model:
-    """A model ready to use, in evaluation mode. Tells the logger ``elit`` what it found.
+    """Loads a model ready to use, in evaluation mode. Tells the logger ``elit`` what it found.
 
     Args:
         source: a run directory (its latest checkpoint), a folder written by ``save_pretrained``, a Hub id
@@ -263,6 +264,8 @@ def load(
         weights: the moving average, or the raw weights that training goes on from.
         device, dtype: where to put it, and in what precision (default: as saved).
         num_heads, head_depth, tail_depth: what a published checkpoint of no published size leaves open.
+        untrained_levels: let the model run at every number of latents, also at those that it was not trained for and
+            that :class:`ElitError` would refuse. What it then gives may mean nothing.
         hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for a Hub id.
 
     Raises:
@@ -275,7 +278,8 @@ def load(
     if path.is_file():
         from elit.models.published import load_published  # it builds on this file
 
-        return load_published(path, weights=weights, **overrides).to(device=device, dtype=dtype)
+        model = load_published(path, weights=weights, **overrides).to(device=device, dtype=dtype)
+        return model.allow_untrained_levels() if untrained_levels else model
 
     given = [name for name, value in overrides.items() if value is not None]
     if given:
@@ -286,4 +290,4 @@ def load(
         load_weights(model, raw, path / TRAINING)
     kind = "saved model" if path == Path(source) else "run directory" if Path(source).is_dir() else "model of the Hub"
     logger.info("%s is a %s: %s weights of a %s from %s", source, kind, weights, type(model).__name__, path)
-    return model.to(device)
+    return (model.allow_untrained_levels() if untrained_levels else model).to(device)

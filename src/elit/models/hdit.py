@@ -17,15 +17,17 @@ from elit.errors import ElitError
 from elit.interface import TokenGrid
 from elit.interface.grid import Triple
 from elit.layers import Block, Rotary
-from elit.models.dit import DiT, DiTConfig, run
+from elit.models.dit import DiT
+from elit.models.transformer import Encoded, Stream, TransformerConfig
 
 RUN = 4  # tokens that are merged into one
 
 
 @dataclass(frozen=True)
-class HDiTConfig(DiTConfig):
-    """An HDiT: :class:`DiTConfig`, whose width and heads are those of the outer blocks. The defaults are those of
-    HDiT-XL/2: depths 8, 12, 8.
+class HDiTConfig(TransformerConfig):
+    """An HDiT: :class:`TransformerConfig`, whose width and heads are those of the outer blocks.
+
+    The defaults are those of HDiT-XL/2: depths 8, 12, 8.
 
     Attributes:
         inner_depth: how many of the ``depth`` blocks are inner ones.
@@ -48,7 +50,7 @@ class HDiTConfig(DiTConfig):
                 f"{self.outer_depth} outer blocks of each side, for the inner ones belong to the core"
             )
         if not self.interface:
-            squares(self.grid_size)
+            square_windows(self.grid_size)
 
     @property
     def outer_depth(self) -> int:
@@ -57,7 +59,7 @@ class HDiTConfig(DiTConfig):
 
 
 class HDiT(DiT):
-    """Velocity of x at time t for class y, at a budget of latents: :class:`DiT` with a wide and short middle.
+    """Predicts velocities as :class:`DiT` does, with a wide and short middle.
 
     Args:
         config: what to build. Weights are drawn from torch's global generator.
@@ -86,39 +88,43 @@ class HDiT(DiT):
         super().init_weights()
         nn.init.constant_(self.inner_share, 0.5)
 
-    def transform(self, s: Tensor, c: Tensor, size: Triple, level: int) -> Tensor:
-        """As :meth:`Transformer.transform`."""
-        rope = self.spatial_rope(size, s.device)
-        if self.interface is None:
-            runs = squares(size)
-            s, rope = runs.to_windows(s).flatten(1, 2), None if rope is None else in_runs(rope, runs)
-            return runs.from_windows(self.hourglass(0, self.config.depth, s, c, rope).unflatten(1, (-1, RUN)))
-        grid = self.interface.grid_of(size)
-        core, tail = self.config.head_depth, self.config.depth - self.config.tail_depth
-        s = run(self.blocks[:core], s, c, rope)  # (B, N, D)
-        latents, spatial = self.interface.read(s, c, grid, level)  # (B, K, D)
-        latents = self.hourglass(core, tail, latents, c, self.interface.core_rope(grid, level, s.device))
-        s = self.interface.write(latents, spatial, grid)  # (B, N, D)
-        return run(self.blocks[tail:], s, c, rope)
-
-    def hourglass(self, first: int, end: int, x: Tensor, c: Tensor, rope: Rotary | None) -> Tensor:
-        """Blocks first..end - 1, the inner ones among them, on tokens in runs of four (B, L, D).
+    def run_blocks(self, first: int, end: int, stream: Stream, c: Tensor, rope: Rotary | None) -> Stream:
+        """Runs blocks first..end - 1, all of the inner ones or none among them; the inner ones on merged runs.
 
         A merged run has the position of its first token. What comes back is blended with what the outer blocks knew,
         in a learned share.
         """
         inner = self.config.outer_depth
         outer = inner + self.config.inner_depth
-        x = run(self.blocks[first:inner], x, c, rope)  # (B, L, D)
-        wide = self.merge(x.unflatten(1, (-1, RUN)).flatten(2))  # (B, L / 4, 2 D)
-        wide = run(self.blocks[inner:outer], wide, c, rope and Rotary(rope.cos[::RUN], rope.sin[::RUN]))
-        back = self.split(wide).unflatten(2, (RUN, -1)).flatten(1, 2)  # (B, L, D)
+        if end <= inner or first >= outer:
+            return super().run_blocks(first, end, stream, c, rope)
+        x = super().run_blocks(first, inner, stream, c, rope).tokens  # (B, L, D)
+        wide = Stream(self.merge(x.unflatten(1, (-1, RUN)).flatten(2)))  # (B, L / 4, 2 D)
+        wide = super().run_blocks(inner, outer, wide, c, rope and Rotary(rope.cos[::RUN], rope.sin[::RUN]))
+        back = self.split(wide.tokens).unflatten(2, (RUN, -1)).flatten(1, 2)  # (B, L, D)
         x = x + self.inner_share * (back - x)  # not torch.lerp, which autocast does not know
-        return run(self.blocks[outer:end], x, c, rope)
+        return super().run_blocks(outer, end, Stream(x), c, rope)
+
+    # A plain HDiT merges squares of 2 x 2 tokens: between embedding and projection its tokens stand in that order.
+
+    def embed(self, x: Tensor, size: Triple) -> Tensor:
+        s = super().embed(x, size)
+        return s if self.interface is not None else square_windows(size).to_windows(s).flatten(1, 2)
+
+    def spatial_rope(self, size: Triple, device: torch.device) -> Rotary | None:
+        rope = super().spatial_rope(size, device)
+        if self.interface is not None or rope is None:
+            return rope
+        return Rotary(*(square_windows(size).to_windows(table[None]).flatten(0, 2) for table in rope))
+
+    def project(self, s: Tensor, c: Tensor, encoded: Encoded) -> Tensor:
+        if self.interface is None:
+            s = square_windows(encoded.size).from_windows(s.unflatten(1, (-1, RUN)))
+        return super().project(s, c, encoded)
 
 
-def squares(size: Triple) -> TokenGrid:
-    """The grid in squares of 2 x 2 tokens.
+def square_windows(size: Triple) -> TokenGrid:
+    """Cuts the grid into squares of 2 x 2 tokens.
 
     Raises:
         ElitError: it has an odd side.
@@ -126,8 +132,3 @@ def squares(size: Triple) -> TokenGrid:
     if size[1] % 2 or size[2] % 2:
         raise ElitError(f"HDiT merges squares of 2x2 tokens, and a grid of {size[1]}x{size[2]} tokens has an odd side")
     return TokenGrid(size, (1, 2, 2))
-
-
-def in_runs(rope: Rotary, runs: TokenGrid) -> Rotary:
-    """Positions (N, d / 2) in raster order, brought into the order of runs."""
-    return Rotary(*(runs.to_windows(table[None]).flatten(0, 2) for table in rope))

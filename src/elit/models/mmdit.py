@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from elit.conditions import Text
 from elit.errors import ElitError
+from elit.interface.grid import Triple
 from elit.layers import Block, Modulation, QKNorm, Rotary, layer_norm, modulate, qk_norm_pair
-from elit.models.dit import DiT, DiTConfig
+from elit.models.dit import DiT
+from elit.models.transformer import Stream, TransformerConfig
 
 
 @dataclass(frozen=True)
-class MMDiTConfig(DiTConfig):
-    """An MM-DiT: :class:`DiTConfig` without classes.
+class MMDiTConfig(TransformerConfig):
+    """An MM-DiT: :class:`TransformerConfig` without classes.
 
     Attributes:
         text_width: width of the text embeddings.
@@ -86,7 +88,7 @@ class LastJointBlock(nn.Module):
 
 
 class MMDiT(DiT):
-    """Velocity of x at time t for text y, at a budget of latents.
+    """Predicts the velocity of x at time t for text y, at a budget of latents.
 
     Args:
         config: what to build. Weights are drawn from torch's global generator.
@@ -108,57 +110,37 @@ class MMDiT(DiT):
         self.pooled_embed = nn.Linear(config.text_width, config.width)
         self.register_buffer("empty_prompt", torch.zeros(config.empty_length, config.text_width))
 
-    def forward(self, x: Tensor, t: Tensor, y: Text | None = None, budget: float | None = None) -> Tensor:  # type: ignore[override]
-        """Velocity of the same shape as x.
-
-        Args:
-            x: (B, C, H, W), or (B, C, T, H, W) for video, in the dtype of the weights.
-            t: (B,) in [0, 1], float32.
-            y: text of any length L; tokens in the dtype of the weights.
-            budget: fraction of the latents in (0, 1]; None is all of them.
-
-        Raises:
-            ElitError: a budget outside (0, 1] or without an interface, text that is missing or of another width, or a
-                size that does not fit.
-        """
-        level = self.level(budget)
-        size = self.check_input(x, None, self.patch)
-        text = self.check_text(y)
-        s = self.embed(x, size)  # (B, N, D)
-        words = self.text_embed(text.tokens)  # (B, L, D)
-        c = self.time_embed(t) + self.pooled_embed(mean_of(text))  # (B, D)
-
-        rope = self.spatial_rope(size, s.device)
-        core, tail, end = self.config.head_depth, self.config.depth - self.config.tail_depth, self.config.depth
-        if self.interface is None:
-            s, _ = self.run(0, end, s, words, c, rope, text.mask)
-            return self.project(s, c, size).view_as(x)
-        grid = self.interface.grid_of(size)
-        s, words = self.run(0, core, s, words, c, rope, text.mask)  # (B, N, D)
-        latents, spatial = self.interface.read(s, c, grid, level)  # (B, K, D)
-        at = self.interface.core_rope(grid, level, s.device)
-        latents, words = self.run(core, tail, latents, words, c, at, text.mask)
-        s = self.interface.write(latents, spatial, grid)  # (B, N, D)
-        s, _ = self.run(tail, end, s, words, c, rope, text.mask)
-        return self.project(s, c, size).view_as(x)
-
-    def run(
-        self, first: int, end: int, x: Tensor, words: Tensor, c: Tensor, rope: Rotary | None, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Blocks first..end - 1 on both streams, which see all of x and of the text what is no padding."""
+    def run_blocks(self, first: int, end: int, stream: Stream, c: Tensor, rope: Rotary | None) -> Stream:
+        """Runs blocks first..end - 1 on both streams, which see all of the image and of the text what is no padding."""
+        assert stream.text is not None
+        x, (words, mask) = stream.tokens, stream.text
         seen = F.pad(mask, (x.shape[1], 0), value=True)[:, None, None]  # (B, 1, 1, X + L)
-        for block in self.blocks[first:end]:
-            x, words = block(x, words, c, rope, seen)
-        return x, words
+        for i in range(first, end):
+            x, words = self.blocks[i](x, words, c, rope, seen)
+        return Stream(x, Text(words, mask))
+
+    def condition(self, t: Tensor, y: Text) -> Tensor:  # type: ignore[override]
+        return self.time_embed(t) + self.pooled_embed(mean_of(y))
+
+    def embed_text(self, y: Text) -> Text:
+        return Text(self.text_embed(y.tokens), y.mask)
+
+    def check_input(self, x: Tensor, t: Tensor, y: Text | None) -> Triple:
+        self.check_text(y)
+        return self.check_size(x, None, self.patch)
 
     # -------------------------------------------------------------------------------------------- text
+
+    @property
+    def takes_text(self) -> bool:
+        return True
 
     @property
     def conditional(self) -> bool:
         return True
 
     def check_text(self, y: Text | None) -> Text:
-        """A look at the shapes of text (never at its values).
+        """Looks at the shapes of text (never at its values) and returns it.
 
         Raises:
             ElitError: it is missing, or of other shapes than the model takes.
@@ -182,7 +164,7 @@ class MMDiT(DiT):
         return Text(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=self.device))
 
     def null_condition(self, y: Text) -> Text:  # type: ignore[override]
-        """The empty prompt for each of y, padded to their length.
+        """Returns the empty prompt for each of y, padded to their length.
 
         Raises:
             ElitError: y is shorter than the empty prompt.
@@ -195,7 +177,7 @@ class MMDiT(DiT):
         return Text(tokens, (torch.arange(length, device=y.mask.device) < length - spare).expand(batch, -1))
 
     def set_empty_prompt(self, text: Text) -> None:
-        """Takes the embedding of the empty prompt, from the encoder of the other prompts.
+        """Sets the embedding of the empty prompt, made by the encoder of the other prompts.
 
         Args:
             text: of one prompt; its padding is left out.
@@ -213,6 +195,6 @@ class MMDiT(DiT):
 
 
 def mean_of(text: Text) -> Tensor:
-    """The mean of what is no padding: (B, D_text)."""
+    """Averages the tokens that are no padding: (B, D_text)."""
     weight = text.mask[..., None].to(text.tokens)
     return (text.tokens * weight).sum(1) / weight.sum(1).clamp(min=1)

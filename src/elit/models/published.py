@@ -21,13 +21,14 @@ from torch import Tensor
 
 from elit.atomic import atomic_file, atomic_folder
 from elit.errors import ElitError
-from elit.interface import InterfaceConfig, to_level, triple
-from elit.interface.budget import default_min_latents
+from elit.interface import InterfaceConfig, triple
+from elit.interface.budget import valid_levels
 from elit.models.base import Model
 from elit.models.dfm import DFMConfig
 from elit.models.dit import DiTConfig
 from elit.models.files import check_fit, load_model, resolve, save_model
-from elit.models.registry import NAME, SIZES, SPLITS, build
+from elit.models.registry import NAME, RELEASED_SPLITS, SIZES, build
+from elit.models.transformer import TransformerConfig
 
 logger = logging.getLogger("elit")
 
@@ -278,7 +279,7 @@ def _is_weight(value: object) -> bool:
 
 def recover_config(
     found: Checkpoint, num_heads: int | None = None, head_depth: int | None = None, tail_depth: int | None = None
-) -> DiTConfig:
+) -> TransformerConfig:
     """The configuration of a published model, from the shapes of its tensors and, where they leave it open, its args.
 
     Args:
@@ -304,7 +305,7 @@ def recover_config(
 
     named = NAME.fullmatch(name)
     size = named["size"] if named and SIZES[named["size"]][:2] == (depth, width) else None
-    split = SPLITS["SiT"][size] if size else (None, None) if elastic else (DiTConfig.head_depth, DiTConfig.tail_depth)
+    split = RELEASED_SPLITS[size] if size else (None, None) if elastic else (DiTConfig.head_depth, DiTConfig.tail_depth)
 
     def decide(what: str, *candidates: int | None) -> int:
         for value in candidates:
@@ -338,21 +339,28 @@ def _interface(found: Checkpoint) -> InterfaceConfig:
     tail_visible = found.arg("elit_tail_visible", bool)  # of our own exports
     return InterfaceConfig(
         group_size=_side(num_latents, found, f"{READ}.learned_query_embed"),
-        min_latents=_min_latents(found, num_latents),
+        levels=_trained_levels(found, num_latents),
         variant="published",
         write_depth=found.count(f"{WRITE}.patches_attend_to_latents"),
         tail_visible=True if tail_visible is None else tail_visible,
     )
 
 
-def _min_latents(found: Checkpoint, num_latents: int) -> int | None:
-    """The smallest level of training, which masked up to a fraction of the latents; None where args do not tell."""
-    masked = found.arg("elit_max_mask_prob", float, int)
-    if masked is None:
-        return None
-    if not 0 <= masked < 1:
-        raise ElitError(f"{found.source}: args.elit_max_mask_prob is {masked}, not in [0, 1)")
-    return to_level(1 - masked, range(1, num_latents + 1), num_latents, "down")
+def _trained_levels(found: Checkpoint, num_latents: int) -> tuple[int, ...] | None:
+    """Recovers the levels of training, which masked a fraction of the latents: ``int(J * (1 - p))`` for every p from
+    ``elit_min_mask_prob`` to ``elit_max_mask_prob``. None where the args do not tell."""
+    ends: list[int] = []
+    for name in ("elit_max_mask_prob", "elit_min_mask_prob"):
+        masked = found.arg(name, float, int)
+        if masked is None and not ends:
+            return None
+        if not 0 <= (masked or 0) < 1:
+            raise ElitError(f"{found.source}: args.{name} is {masked}, not in [0, 1)")
+        ends.append(max(1, math.floor(round((1 - (masked or 0)) * num_latents, 9))))  # 9 digits: as exact arithmetic
+    lowest, highest = ends
+    if lowest > highest:
+        raise ElitError(f"{found.source}: args.elit_min_mask_prob is above args.elit_max_mask_prob")
+    return tuple(range(lowest, highest + 1))
 
 
 def _num_classes(found: Checkpoint) -> int:
@@ -410,7 +418,7 @@ def _model_of(found: Checkpoint, num_heads: int | None, head_depth: int | None, 
 # ------------------------------------------------------------------------------------------------ converting
 
 
-def published_name(config: DiTConfig) -> str:
+def published_name(config: TransformerConfig) -> str:
     """``ELIT-SiT-XL/2``, or for a size that has no name ``ELIT-SiT-8x96/2`` (depth and width)."""
     family = ("ELIT-" if config.interface else "") + ("DFM-SiT" if isinstance(config, DFMConfig) else "SiT")
     sizes = {dimensions: size for size, dimensions in SIZES.items()}
@@ -424,7 +432,7 @@ def describe(model: Model) -> str:
     return f"{published_name(model.config)} with {millions:.1f} M parameters"
 
 
-def published_args(config: DiTConfig) -> dict[str, Any]:
+def published_args(config: TransformerConfig) -> dict[str, Any]:
     """What the published code, and :func:`recover_config`, need of ``args`` to rebuild a model."""
     args: dict[str, Any] = {
         "model": published_name(config),
@@ -440,13 +448,13 @@ def published_args(config: DiTConfig) -> dict[str, Any]:
         args["stages_count"] = config.stages
     if config.interface:
         _, group, _ = triple(config.interface.group_size)
-        smallest = config.interface.min_latents or default_min_latents(group**2)
+        levels = valid_levels(group**2, config.interface.min_latents, trained=config.interface.levels)
         args |= {
             "elit_group_size": group,
             "elit_read_depth": 1,
             "elit_write_depth": config.interface.write_depth,
-            "elit_max_mask_prob": 1 - smallest / group**2,
-            "elit_min_mask_prob": 0.0,
+            "elit_max_mask_prob": 1 - levels[0] / group**2,
+            "elit_min_mask_prob": 1 - levels[-1] / group**2,
             "elit_tail_visible": config.interface.tail_visible,  # of ours: the published code always does it
         }
     return args

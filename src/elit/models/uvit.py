@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from elit.errors import ElitError
-from elit.interface.grid import Triple
 from elit.layers import Rotary
-from elit.models.dit import DiT, DiTConfig
+from elit.models.dit import DiT
+from elit.models.transformer import Stream, TransformerConfig
 
 
 @dataclass(frozen=True)
-class UViTConfig(DiTConfig):
-    """A U-ViT: :class:`DiTConfig`, with ``depth // 2 - 2`` long skips.
+class UViTConfig(TransformerConfig):
+    """A U-ViT: :class:`TransformerConfig`, with ``depth // 2 - 2`` long skips.
 
     Raises:
         ElitError: a split that a skip would cross, from tokens to latents.
@@ -38,7 +38,7 @@ class UViTConfig(DiTConfig):
 
 
 class UViT(DiT):
-    """Velocity of x at time t for class y, at a budget of latents: :class:`DiT` with long skips.
+    """Predicts velocities as :class:`DiT` does, with long skips between its blocks.
 
     Args:
         config: what to build. Weights are drawn from torch's global generator.
@@ -51,31 +51,18 @@ class UViT(DiT):
         width = self.config.width
         self.joins = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(self.config.skips))
 
-    def transform(self, s: Tensor, c: Tensor, size: Triple, level: int) -> Tensor:
-        """As :meth:`Transformer.transform`.
+    def run_blocks(self, first: int, end: int, stream: Stream, c: Tensor, rope: Rotary | None) -> Stream:
+        """Runs blocks first..end - 1, which leave what they give on a stack of skips or take it from there.
 
         Skips of the head end in the tail, both in space, and those that begin in the core end there, on latents: the
         configuration allows no others.
         """
-        rope = self.spatial_rope(size, s.device)
-        core, tail, end = self.config.head_depth, self.config.depth - self.config.tail_depth, self.config.depth
-        skips: list[Tensor] = []
-        if self.interface is None:
-            return self.run(0, end, s, c, rope, skips)
-        grid = self.interface.grid_of(size)
-        s = self.run(0, core, s, c, rope, skips)  # (B, N, D)
-        latents, spatial = self.interface.read(s, c, grid, level)  # (B, K, D)
-        latents = self.run(core, tail, latents, c, self.interface.core_rope(grid, level, s.device), skips)
-        s = self.interface.write(latents, spatial, grid)  # (B, N, D)
-        return self.run(tail, end, s, c, rope, skips)
-
-    def run(self, first: int, end: int, x: Tensor, c: Tensor, rope: Rotary | None, skips: list[Tensor]) -> Tensor:
-        """Blocks first..end - 1, which leave what they give on the stack of skips or take it from there."""
         depth, count = self.config.depth, self.config.skips
+        x, skips = stream.tokens, list(stream.skips)
         for i in range(first, end):
             if i >= depth - count:
                 x = self.joins[depth - 1 - i](torch.cat((x, skips.pop()), dim=-1))
             x = self.blocks[i](x, c, rope)
             if i < count:
                 skips.append(x)
-        return x
+        return Stream(x, skips=tuple(skips))

@@ -11,8 +11,7 @@ from elit.conditions import Condition
 from elit.flow import flow_matching_loss
 from elit.flow.paths import Path
 from elit.flow.pyramid import pyramid_loss
-from elit.models import Model
-from elit.models.dit import Transformer
+from elit.models import Model, Transformer
 from elit.training.batch import Draws
 
 

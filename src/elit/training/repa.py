@@ -12,8 +12,7 @@ from elit.data import Data, EncodedFolder, ImageFolder, PublishedLatents
 from elit.data.latents import LatentData
 from elit.errors import ElitError
 from elit.evaluation.extractors import IMAGENET_MEAN, IMAGENET_STD, load_dinov2
-from elit.models import HDiT, MMDiT, Model
-from elit.models.dit import Transformer
+from elit.models import HDiT, MMDiT, Model, Transformer
 from elit.seeding import torch_seeded
 from elit.training.config import RepaConfig
 

@@ -25,8 +25,7 @@ from elit.conditions import Condition, map_condition
 from elit.data import Captioned, Data, open_data, sample_indices
 from elit.errors import ElitError
 from elit.flow import path_named
-from elit.models import MMDiT, MMDiTConfig, Model, config_for, create
-from elit.models.dit import Transformer
+from elit.models import MMDiT, MMDiTConfig, Model, Transformer, config_for, create
 from elit.seeding import derive_seed, torch_seeded
 from elit.training import state
 from elit.training.batch import Draws, as_many_for_all, draw, micro_batches, share

@@ -1,0 +1,226 @@
+"""Trajectories: samples in the making, which wait for the velocity that their solver wants next.
+
+A :class:`Trajectory` holds samples that take the same number of steps; each has its own times, levels, guidance and
+seed. :func:`advance` evaluates what any number of them want in one batch and hands out the answers.
+:func:`elit.sample` advances its trajectories to the end; a server advances whatever is in flight.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from elit.conditions import Condition, cat_conditions, select_condition
+from elit.flow.guidance import Guidance
+from elit.flow.matching import Flow, FlowMatching
+from elit.flow.paths import path_named
+from elit.flow.pyramid import PyramidFlow
+from elit.flow.solvers import Moment, Solver, Step, StepGenerator
+from elit.models.base import Model
+from elit.seeding import normals
+
+
+def flow_of(model: Model, path: str = "linear", **densities: Any) -> Flow:
+    """Returns the flow that a model is trained and sampled with.
+
+    Args:
+        path: ``linear`` or ``cosine``.
+        densities: ``times`` (:class:`TimeDensity`) and ``stages`` (:class:`StageDensity`), how training draws times.
+    """
+    stages = model.stage_shapes
+    if stages is None:
+        return FlowMatching(model.input_shape(), path_named(path), densities.get("times"))
+    return PyramidFlow(stages, path_named(path), densities.get("stages"))
+
+
+class Evaluation(NamedTuple):
+    """A velocity that is wanted: of which states, at which times, under which conditions and guidance.
+
+    Attributes:
+        x: states (B, *state_shape), float64.
+        moment: their times.
+        moves: whether each sample (or stage) has begun to move: of the shape of the model's times.
+        y: their conditions, and ``null`` what replaces them in a weak term; None for an unconditional model.
+        levels: of the strong term of each sample.
+        guidance: of each sample, None without.
+        weak_levels: of the weak term of each sample; None where it is that of the strong one.
+    """
+
+    x: Tensor
+    moment: Moment
+    moves: Tensor
+    y: Condition | None
+    null: Condition | None
+    levels: list[int]
+    guidance: list[Guidance | None]
+    weak_levels: list[int | None]
+
+
+class Trajectory:
+    """Some samples on their way from noise to data, which take the same number of steps.
+
+    Args:
+        flow: see :func:`flow_of`.
+        solver: one of :data:`~elit.flow.solvers.SOLVERS`.
+        noise: states at t = 1, (B, *state_shape).
+        times: (steps + 1, B) or, of a multi-scale model, (steps + 1, B, S), float64 on the CPU.
+        levels: J~ for each step and sample.
+        y, null: conditions of the samples and of their weak terms; None for an unconditional model.
+        guidance, weak_levels: of each sample; by default none.
+        seeds: of each sample, for the noise of stochastic solvers.
+        device: where the states live.
+
+    Attributes:
+        x: the states at the end of the last complete step, float64.
+        step: how many steps are complete.
+        wanted: the evaluation that the solver waits for; None when the samples are done.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        solver: Solver,
+        noise: Tensor,
+        times: Tensor,
+        levels: Sequence[Sequence[int]],
+        y: Condition | None = None,
+        null: Condition | None = None,
+        guidance: Sequence[Guidance | None] | None = None,
+        weak_levels: Sequence[int | None] | None = None,
+        seeds: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        count = len(noise)
+        self.flow, self.solver, self.y, self.null = flow, solver, y, null
+        self.levels = [list(of_step) for of_step in levels]
+        self.guidance: list[Guidance | None] = [None] * count if guidance is None else list(guidance)
+        self.weak_levels: list[int | None] = [None] * count if weak_levels is None else list(weak_levels)
+        self.seeds = list(range(count)) if seeds is None else list(seeds)
+        self.x = noise.to(device, torch.float64)
+        self.times = times
+        self._times = times.to(device)  # once for all steps
+        self.step = 0
+        self._solver = self._evaluations()
+        self.wanted: Evaluation | None = next(self._solver)
+
+    @property
+    def steps(self) -> int:
+        return len(self.times) - 1
+
+    @property
+    def is_done(self) -> bool:
+        return self.wanted is None
+
+    def answer(self, velocity: Tensor) -> None:
+        """Takes the velocity (B, *state_shape) that was wanted, and goes on to the next evaluation or to the end."""
+        try:
+            self.wanted = self._solver.send(velocity)
+        except StopIteration:
+            self.wanted = None
+
+    def samples(self) -> Tensor:
+        """Returns the samples (B, C, H, W) in the model's space, float32."""
+        return self.flow.to_samples(self.x.float())
+
+    def _evaluations(self) -> Any:
+        """Runs the solver step by step: a generator of evaluations, which is sent velocities."""
+        for step in range(self.steps):
+            start, end = self._moment(step), self._moment(step + 1)
+            moves = self._times[step + 1] < 1
+            this = Step(start, end, step == self.steps - 1, self.flow.path, partial(self._noise, step))
+            solving: StepGenerator = self.solver.step(self.x, this)
+            velocity = None
+            while True:
+                try:
+                    x, moment = solving.send(velocity)  # type: ignore[arg-type]  # None starts it
+                except StopIteration as done:
+                    self.x = done.value
+                    break
+                velocity = yield Evaluation(
+                    x, moment, moves, self.y, self.null, self.levels[step], self.guidance, self.weak_levels
+                )
+            self.step = step + 1
+
+    def _moment(self, step: int) -> Moment:
+        times = self._times[step]
+        return Moment(self.times[step], times.float(), self.flow.spread(times))
+
+    def _noise(self, step: int) -> Tensor:
+        draws = normals([(seed, f"step {step}") for seed in self.seeds], self.flow.state_shape)
+        return draws.to(self.x.device, torch.float64)
+
+
+def advance(model: Model, trajectories: Sequence[Trajectory]) -> None:
+    """Does the next evaluation of every trajectory that is not done, all of them in one batch."""
+    waiting = [trajectory for trajectory in trajectories if not trajectory.is_done]
+    wanted = [trajectory.wanted for trajectory in waiting if trajectory.wanted is not None]
+    if not wanted:
+        return
+    velocity = evaluate(model, waiting[0].flow, merge(wanted))
+    for trajectory, part in zip(waiting, velocity.split([len(each.x) for each in wanted]), strict=True):
+        trajectory.answer(part)
+
+
+def merge(wanted: Sequence[Evaluation]) -> Evaluation:
+    """Puts evaluations into one batch."""
+    if len(wanted) == 1:
+        return wanted[0]
+    x, moments, moves, y, null, levels, guidance, weak_levels = zip(*wanted, strict=True)
+    return Evaluation(
+        torch.cat(x),
+        Moment(*(torch.cat(times) for times in zip(*moments, strict=True))),
+        torch.cat(moves),
+        None if y[0] is None else cat_conditions(*y),
+        None if null[0] is None else cat_conditions(*null),
+        list(chain.from_iterable(levels)),
+        list(chain.from_iterable(guidance)),
+        list(chain.from_iterable(weak_levels)),
+    )
+
+
+@torch.no_grad()
+def evaluate(model: Model, flow: Flow, wanted: Evaluation) -> Tensor:
+    """Returns guided velocities of states, (B, *state_shape) in float64; the model runs in its own dtype.
+
+    Samples are encoded once, and once more where a weak term drops their condition. So the terms of autoguidance share
+    the head and Read.
+    """
+    x, moment, moves, y, null, levels, guidance, weak_levels = wanted
+    count = len(levels)
+    active = [None if g is None else g.active(t) for g, t in zip(guidance, moment.host, strict=True)]
+    guided = [i for i, on in enumerate(active) if on is not None and bool(on.any())]
+    without = [i for i in guided if (g := guidance[i]) is not None and g.drops_condition]
+
+    states, t, inputs_move = x.to(model.dtype), moment.model, moves
+    if without:
+        assert y is not None
+        assert null is not None
+        every = torch.tensor([*range(count), *without], device=x.device)
+        states, t, inputs_move = states[every], t[every], moves[every]
+        rows = torch.tensor(without, device=x.device)
+        y = cat_conditions(y, select_condition(null, rows))
+    encoded = model.encode(flow.to_model(states, inputs_move), t, y)
+
+    place = {i: count + at for at, i in enumerate(without)}  # of a weak term in the encoded batch
+    terms = [*range(count), *(place.get(i, i) for i in guided)]
+    weak = [levels[i] if (level := weak_levels[i]) is None else level for i in guided]
+    answers = model.at_levels(encoded, one_or_all([*levels, *weak]), terms if guided else None)
+    velocity = flow.from_model(answers).double()
+    if not guided:
+        return velocity
+
+    which = torch.tensor(guided, device=x.device)
+    strong, weak_term = velocity[which], velocity[count:]
+    scales = torch.tensor([g.scale for i in guided if (g := guidance[i]) is not None], dtype=torch.float64)
+    scale = scales.to(x.device).view(-1, *(1,) * (x.dim() - 1))
+    on = flow.spread(torch.stack([on for i in guided if (on := active[i]) is not None]).to(x.device))
+    mixed = torch.where(on, weak_term + scale * (strong - weak_term), strong)
+    return velocity[:count].index_copy(0, which, mixed)
+
+
+def one_or_all(levels: list[int]) -> int | list[int]:
+    """Returns one level where all are the same: the whole batch then runs without being split."""
+    return levels[0] if len(set(levels)) == 1 else levels
