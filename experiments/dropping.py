@@ -10,7 +10,7 @@ from jsonargparse import auto_cli
 from torch import Tensor, nn
 
 from common import ELASTIC, Setting, Variant, compare
-from elit.interface import LatentInterface, Spatial, TokenGrid
+from elit.interface import LatentInterface, TokenGrid
 from elit.layers import Rotary
 from elit.seeding import generator, permutation
 from elit.training import Trainer
@@ -21,18 +21,16 @@ class RandomDropping(LatentInterface):
 
     order: Tensor
 
-    def read(self, s: Tensor, c: Tensor, grid: TokenGrid, level: int) -> tuple[Tensor, Spatial]:
-        latents, spatial = super().read(s, c, grid, self.num_latents)  # each is read on its own: the others change none
-        return self.kept(latents, grid, level), spatial
+    def read(self, windows: Tensor, c: Tensor, level: int) -> Tensor:
+        latents = super().read(windows, c, self.num_latents)  # each is read on its own: the others change none
+        return latents[:, :, self.order[:level].to(latents.device)]
 
     def core_rope(self, grid: TokenGrid, level: int, device: torch.device) -> Rotary | None:
         rope = super().core_rope(grid, self.num_latents, device)
-        return None if rope is None else Rotary(*(self.kept(table[None], grid, level)[0] for table in rope))
-
-    def kept(self, values: Tensor, grid: TokenGrid, level: int) -> Tensor:
-        """Values of all latents (B, G * J, ...) -> of those that are kept (B, G * J~, ...)."""
-        by_window = values.unflatten(1, (grid.num_windows, self.num_latents))
-        return by_window[:, :, self.order[:level].to(values.device)].flatten(1, 2)
+        if rope is None:
+            return None
+        by_window = (table.unflatten(0, (grid.num_windows, self.num_latents)) for table in rope)
+        return Rotary(*(table[:, self.order[:level].to(device)].flatten(0, 1) for table in by_window))
 
 
 def drop_at_random(trainer: Trainer) -> None:

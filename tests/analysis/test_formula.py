@@ -8,7 +8,7 @@ import pytest
 from elit.analysis import closed_form, count_flops, on_meta
 from elit.interface import InterfaceConfig
 from elit.models import DFMConfig, DiTConfig, HDiTConfig, MMDiTConfig, UViTConfig, config_for
-from elit.models.registry import SPLITS
+from elit.models.registry import FAMILIES
 from tests.helpers.models import TINY
 
 
@@ -16,7 +16,7 @@ def formula(config: DiTConfig, num_latents: int | None = None) -> int:
     return 2 * sum(part.macs for part in closed_form(config, num_latents))
 
 
-@pytest.mark.parametrize("family", SPLITS)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("elit", ["", "ELIT-"])
 def test_named_models(family: str, elit: str) -> None:
     """The other sizes and patches: benchmarks/closed_form.py, which takes minutes."""

@@ -13,7 +13,7 @@ from elit.conditions import Condition
 from elit.errors import ElitError
 from elit.flow import flow_matching_error, path_named, per_token
 from elit.interface import triple
-from elit.models import DFM, Model
+from elit.models import Model
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def attention_maps(
     """
     if model.interface is None:
         raise ElitError("attention maps need a model with a latent interface")
-    if isinstance(model, DFM) or len(model.input_shape()) != 3:
+    if model.stage_shapes is not None or len(model.input_shape()) != 3:
         raise ElitError("attention maps are of images at one noise level: not of multi-scale models or video")
     captured: list[Tensor] = []
 

@@ -23,11 +23,20 @@ from elit.atomic import write_json
 from elit.conditions import Condition, map_condition
 from elit.digest import weights_digest
 from elit.errors import ElitError
-from elit.flow import Guidance, path_named, sample
-from elit.flow.guidance import model_velocity, weak_budget
-from elit.flow.solvers import StepInfo, Velocity, solver_named, time_grid
+from elit.flow import (
+    Evaluation,
+    Guidance,
+    StepInfo,
+    Trajectory,
+    advance,
+    evaluate,
+    flow_of,
+    sample,
+    time_grid,
+    weak_level,
+)
+from elit.flow.solvers import Moment, solver_named
 from elit.models import Model
-from elit.models.dfm import DFM
 from elit.seeding import generator, normal
 
 NOISE_LEVELS = 8  # at which the velocity is compared, evenly from t = 1
@@ -155,7 +164,7 @@ def calibrate(
     Raises:
         ElitError: a model that has no budgets to plan with, the stochastic solver, or guidance that does not fit.
     """
-    if isinstance(model, DFM) or not model.levels:
+    if model.stage_shapes is not None or not model.levels:
         raise ElitError("planning needs a model with a latent interface, and not a multi-scale one (DFM)")
     if solver == "sde":
         raise ElitError("planning needs a deterministic solver, euler or heun: with sde no two budgets end alike")
@@ -221,24 +230,36 @@ class _Probe:
         num_samples: int,
         seed: int,
     ) -> None:
-        self.model, self.guidance, self.path = model, guidance, path_named(path)
-        self.solve = solver_named(solver)
-        self.weak = weak_budget(model, guidance) if guidance else None
+        self.model, self.guidance, self.flow = model, guidance, flow_of(model, path)
+        self.solver = solver_named(solver)
+        self.weak = weak_level(model, guidance) if guidance else None
         self.y = None if labels is None else _cycled(model.as_condition(labels), num_samples)
         self.null = None if self.y is None else model.null_condition(self.y)
         start = normal(generator(seed, "calibration"), (num_samples, *model.input_shape()))
         self.start = start.to(model.device, torch.float64)
         self.times = torch.linspace(1, 0, NOISE_LEVELS + 1, dtype=torch.float64)[:-1].tolist()
 
-    def _full(self, steps: int) -> Velocity:
-        return model_velocity(self.model, self.y, self.null, [None] * steps, self.guidance, self.weak)
-
-    @torch.inference_mode()
     def _run(self, steps: int, start: Tensor, skipped: int = 0) -> list[Tensor]:
-        """States from the start on, at full budget, entering the grid of ``steps`` after those skipped."""
-        states = [start]
+        """Returns the states from the start on, at full budget, entering the grid of ``steps`` after those skipped."""
+        count = len(start)
         times = time_grid("euler", steps)[skipped:]
-        self.solve(self._full(steps), start, times, self.path, _no_noise, lambda info: states.append(info.x))
+        trajectory = Trajectory(
+            self.flow,
+            self.solver,
+            start,
+            times[:, None].expand(-1, count),
+            [[self.model.levels[-1]] * count] * (len(times) - 1),
+            self.y,
+            self.null,
+            [self.guidance] * count,
+            [self.weak] * count,
+            device=self.model.device,
+        )
+        states = [start]
+        while not trajectory.is_done:
+            advance(self.model, [trajectory])
+            if trajectory.step == len(states):
+                states.append(trajectory.x)
         return states
 
     def step_errors(self) -> tuple[list[int], list[float]]:
@@ -246,7 +267,6 @@ class _Probe:
         reference = self._run(REFERENCE_STEPS, self.start)[-1]
         return list(STEP_COUNTS), [root_mean_square(self._run(n, self.start)[-1] - reference) for n in STEP_COUNTS]
 
-    @torch.inference_mode()
     def velocity_errors(self, options: Sequence[Guidance | None], levels: Sequence[int]) -> list[list[list[float]]]:
         """Against the first option at full budget, as it shows in the sample: (options, noise levels, levels)."""
         states = self._run(NOISE_LEVELS, self.start)
@@ -265,19 +285,24 @@ class _Probe:
         cond = {level: self._term(x, t, self.y, level) for level in levels}
         if self.guidance is None or not self.guidance.active(t):
             return [list(cond.values()) for _ in options]
-        y = self.null if self.guidance.drops_class else self.y
-        budgets = [weak_budget(self.model, option) for option in options if option]
-        weak_levels = {*levels, *(self.model.level(b) for b in budgets if b is not None)}
+        y = self.null if self.guidance.drops_condition else self.y
+        of_options = [weak_level(self.model, option) for option in options if option]
+        weak_levels = {*levels, *(level for level in of_options if level is not None)}
         weak = {level: self._term(x, t, y, level) for level in weak_levels}
 
         def guided(option: Guidance, level: int) -> Tensor:
-            budget = weak_budget(self.model, option)
-            return option.combine(cond[level], weak[level if budget is None else self.model.level(budget)])
+            of_option = weak_level(self.model, option)
+            return option.combine(cond[level], weak[level if of_option is None else of_option])
 
         return [[guided(option, level) for level in levels] for option in options if option]
 
     def _term(self, x: Tensor, t: Tensor, y: Condition | None, level: int) -> Tensor:
-        return model_velocity(self.model, y, None, [level / self.model.num_latents])(x, t, 0)
+        count = len(x)
+        times = t.expand(count)
+        moment = Moment(times, times.to(x.device, torch.float32), self.flow.spread(times.to(x.device)))
+        moves = torch.ones(count, dtype=torch.bool, device=x.device)
+        wanted = Evaluation(x, moment, moves, y, None, [level] * count, [None] * count, [None] * count)
+        return evaluate(self.model, self.flow, wanted)
 
     def _gain(self, states: list[Tensor], at: int, direction: Tensor) -> float:
         """How much of a change of the state, of the size that one step makes, is left in the sample."""
@@ -363,7 +388,3 @@ def _cycled(y: Condition, count: int) -> Condition:
 def root_mean_square(x: Tensor) -> float:
     """Root mean square of each sample, averaged over samples."""
     return x.pow(2).flatten(1).mean(1).sqrt().mean().item()
-
-
-def _no_noise(step: int) -> Tensor:
-    raise AssertionError("a deterministic solver draws nothing")

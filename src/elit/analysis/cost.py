@@ -15,8 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from elit.analysis.formula import closed_form
-from elit.flow import Guidance, time_grid
-from elit.flow.guidance import weak_budget
+from elit.flow import Guidance, time_grid, weak_level
 from elit.interface import Budget, budget_schedule
 from elit.models import Model
 from elit.models.registry import model_class_of
@@ -187,14 +186,28 @@ def sampling_flops(model: Model, steps: int, budget: Budget | None = None, guida
         ElitError: settings that :func:`elit.sample` refuses too.
     """
     times = time_grid("euler", steps)[:-1]
-    strong = budget_schedule(budget, times.tolist())
-    weak: list[float | None] = []
-    if guidance is not None:
-        of_weak = weak_budget(model, guidance)
-        both = zip(strong, guidance.active(times).tolist(), strict=True)
-        weak = [own if guidance.kind == "cfg" else of_weak for own, on in both if on]
-    macs = {each: sum(part.macs for part in closed_form(model.config, model.level(each))) for each in {*strong, *weak}}
-    return 2 * sum(macs[each] for each in strong + weak)
+    strong = [model.level(each) for each in budget_schedule(budget, times.tolist())]
+    macs = sum(_macs(model, level) for level in strong)
+    if guidance is None:
+        return 2 * macs
+    weak, shares_encode = weak_level(model, guidance), not guidance.drops_condition
+    for level, on in zip(strong, guidance.active(times).tolist(), strict=True):
+        if on:
+            macs += _macs(model, level if weak is None else weak, beside=level if shares_encode else None)
+    return 2 * macs
+
+
+SHARED = ("embed", "head", "Read")  # by the terms of autoguidance: Read runs once, at the higher of their levels
+
+
+def _macs(model: Model, level: int, beside: int | None = None) -> int:
+    """Counts the MACs of a term at a level; of one that shares what it can with another term, what it adds to that."""
+    parts = {part.name: part.macs for part in closed_form(model.config, level)}
+    if beside is None:
+        return sum(parts.values())
+    of_other = {part.name: part.macs for part in closed_form(model.config, beside)}
+    more_reading = max(0, parts["Read"] - of_other["Read"])
+    return more_reading + sum(macs for name, macs in parts.items() if name not in SHARED)
 
 
 def synchronize(device: torch.device) -> None:

@@ -36,7 +36,6 @@ from elit.commands.subject import Subject, budgets_of, draws_for, halves_of, ope
 from elit.errors import ElitError
 from elit.evaluation import Quality, losses_by_budget
 from elit.flow import Guidance, TimeDensity
-from elit.models import DFM
 from elit.seeding import generator, normal
 
 OUT = Path("runs/analysis")
@@ -106,7 +105,7 @@ def analyze_budgets(
     draws = draws_for(subject, num_samples, seed, batch_size, path)
     costs = [measure_costs(net, chosen, size, repeats) for size in batch_sizes]
     losses = []
-    if held_out is not None and not isinstance(net, DFM):  # its loss has no one time
+    if held_out is not None and net.stage_shapes is None:  # its loss has no one time
         losses = losses_by_budget(net, held_out, chosen, TimeDensity(), path)
     points = _sweep(subject, [Setting(steps, budget, guided) for budget in chosen], draws)
 

@@ -16,24 +16,24 @@ from torch import Tensor
 from elit.conditions import Condition, cat_conditions, select_condition
 from elit.flow.guidance import Guidance
 from elit.flow.matching import Flow, FlowMatching
-from elit.flow.paths import path_named
+from elit.flow.paths import Path, path_named
 from elit.flow.pyramid import PyramidFlow
 from elit.flow.solvers import Moment, Solver, Step, StepGenerator
 from elit.models.base import Model
 from elit.seeding import normals
 
 
-def flow_of(model: Model, path: str = "linear", **densities: Any) -> Flow:
+def flow_of(model: Model, path: str | Path = "linear", **densities: Any) -> Flow:
     """Returns the flow that a model is trained and sampled with.
 
     Args:
-        path: ``linear`` or ``cosine``.
+        path: ``linear`` or ``cosine``, or the path itself.
         densities: ``times`` (:class:`TimeDensity`) and ``stages`` (:class:`StageDensity`), how training draws times.
     """
-    stages = model.stage_shapes
+    path, stages = path_named(path) if isinstance(path, str) else path, model.stage_shapes
     if stages is None:
-        return FlowMatching(model.input_shape(), path_named(path), densities.get("times"))
-    return PyramidFlow(stages, path_named(path), densities.get("stages"))
+        return FlowMatching(model.input_shape(), path, densities.get("times"))
+    return PyramidFlow(stages, path, densities.get("stages"))
 
 
 class Evaluation(NamedTuple):
@@ -104,7 +104,7 @@ class Trajectory:
         self._times = times.to(device)  # once for all steps
         self.step = 0
         self._solver = self._evaluations()
-        self.wanted: Evaluation | None = next(self._solver)
+        self.wanted: Evaluation | None = next(self._solver, None)  # there may be no step
 
     @property
     def steps(self) -> int:

@@ -52,7 +52,7 @@ def draw(
     rng = generator(seed, "times")
     if isinstance(model, DFM):
         t, active = config.stages.draw(count, path, rng)
-        shapes: list[tuple[int, ...]] = [*model.stage_shapes]
+        shapes: list[tuple[int, ...]] = [*(model.stage_shapes or ())]
     else:
         t, active = config.times.draw(count, path, rng), 0
         shapes = [model.input_shape()]

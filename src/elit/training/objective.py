@@ -1,6 +1,5 @@
 """The model and its loss in one forward: what processes share, and what is wrapped for it."""
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -8,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elit.conditions import Condition
-from elit.flow import flow_matching_loss
+from elit.flow import flow_of
 from elit.flow.paths import Path
-from elit.flow.pyramid import pyramid_loss
 from elit.models import Model, Transformer
 from elit.training.batch import Draws
 
@@ -59,12 +57,5 @@ class Objective(nn.Module):
 
     def flow_loss(self, x: Tensor, y: Condition | None, draws: Draws, budget: float | None) -> Tensor:
         """(B,)."""
-        if draws.active:
-            return pyramid_loss(partial(self.stages, y, budget), x, draws.t, draws.noise, self.path, draws.active)
-        return flow_matching_loss(partial(self.model, y=y, budget=budget), x, draws.t, draws.noise[0], self.path)
-
-    def stages(
-        self, y: Condition | None, budget: float | None, states: Sequence[Tensor], t: Tensor, active: int
-    ) -> Sequence[Tensor]:
-        """Velocities of the stages of a multi-scale model."""
-        return self.model(states, t, y, budget, active)
+        velocity = partial(self.model, y=y, budget=budget)
+        return flow_of(self.model, self.path).loss(velocity, x, draws.t, draws.noise, draws.active)
