@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from elit.data.pil import to_pil
 from elit.errors import ElitError
 from elit.flow import Guidance, Trajectory, advance, sample, trajectories
 from elit.interface import BudgetByNoise
@@ -19,5 +20,6 @@ __all__ = [
     "create",
     "load",
     "sample",
+    "to_pil",
     "trajectories",
 ]
