@@ -21,7 +21,7 @@ from elit.data import ImageFolder
 from elit.data.autoencoder import load_autoencoder, posterior
 from elit.data.encode import PixelBatches
 from elit.data.images import to_signed
-from elit.launch import own_device
+from elit.launch import default_device
 
 
 def benchmark(
@@ -59,7 +59,7 @@ def read_rate(images: ImageFolder, workers: int, batch_size: int) -> float:
 
 def encode_rate(source: str | None, resolution: int, batch_size: int, batches: int) -> float:
     """Images per second of the autoencoder, results brought to main memory, after a first batch."""
-    device = own_device()
+    device = default_device()
     autoencoder = (load_autoencoder(source) if source else stable_diffusion()).to(device)
     pixels = torch.randint(256, (batch_size, 3, resolution, resolution), dtype=torch.uint8)
     for i in range(batches + 1):

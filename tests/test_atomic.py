@@ -62,6 +62,45 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(atomic: Atomic, tmp_path
     assert listing(tmp_path) == []
 
 
+@both
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+        TimeoutError("timed out"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "s3://bucket/gone"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_of_the_network_are_not_told_as_errors_of_the_disk(
+    atomic: Atomic, error: OSError, tmp_path: Path
+) -> None:
+    with pytest.raises(type(error)) as caught, atomic(tmp_path / "thing") as place:
+        fill(place, "half")
+        raise error
+    assert caught.value is error
+    assert listing(tmp_path) == []
+
+
+@both
+def test_what_the_block_cannot_write_is_told(atomic: Atomic, tmp_path: Path) -> None:
+    with (
+        pytest.raises(ElitError, match=r"^cannot write .*thing: Not a directory$"),
+        atomic(tmp_path / "thing") as place,
+    ):
+        fill(place, "half")
+        (place / "a.txt" if place.is_dir() else place).joinpath("below").write_text("")
+    assert listing(tmp_path) == []
+
+
+def test_the_mask_of_the_process_is_never_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is that of all threads: files that they create meanwhile would have its rights."""
+    monkeypatch.setattr("os.umask", lambda mask: pytest.fail("the mask was changed"))
+    with atomic_file(tmp_path / "file"), atomic_folder(tmp_path / "folder"):
+        pass
+    assert listing(tmp_path) == ["file", "folder"]
+
+
 @pytest.mark.parametrize(
     ("atomic", "owner", "call"),
     [(atomic_file, os, "fsync"), (atomic_folder, os, "fsync"), (atomic_file, Path, "replace"),
@@ -95,8 +134,8 @@ def test_a_folder_without_the_right_to_write_is_named(
     def deny(*_: object, **__: object) -> None:  # root may write everywhere, so the system's answer is staged
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr("tempfile.mkstemp", deny)
-    monkeypatch.setattr("tempfile.mkdtemp", deny)
+    monkeypatch.setattr("os.open", deny)
+    monkeypatch.setattr("os.mkdir", deny)
     with pytest.raises(ElitError, match=r"cannot write .*thing: Permission denied"), atomic(tmp_path / "thing"):
         pytest.fail("the block must not run")
     assert listing(tmp_path) == []

@@ -1,10 +1,10 @@
 """Files and folders that are whole or absent, whatever kills the process while they are written."""
 
+import errno
 import json
 import os
+import secrets
 import shutil
-import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,44 +12,43 @@ from typing import Any
 
 from elit.errors import ElitError
 
-_UMASK = threading.Lock()  # it is read by being set, for all threads
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # full, or not to be written
 
 
 @contextmanager
 def atomic_file(path: str | Path, sync: bool = True) -> Iterator[Path]:
-    """Gives a temporary path in the same folder; what is written there takes its name when the block ends well.
+    """Gives a temporary path in the same folder, and renames the file that was written there when the block ends well.
 
     Args:
-        sync: wait until it is on the disk. Without (for many small files), a power failure can leave one empty.
+        sync: wait until the file is on the disk. Without it (for many small files), a power failure can leave an empty
+            one.
 
     Raises:
-        ElitError: the folder cannot be written, or the disk is full; nothing is left behind.
+        ElitError: the folder cannot be written, or the disk is full; nothing is left behind. Any other error of the
+            block is raised as it is.
     """
     path = Path(path)
-    temporary = None
-    try:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+    with _told_as_of(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
-        temporary.chmod(0o666 & ~_umask())
-        yield temporary
-        if sync:
-            _sync(temporary)
-        temporary.replace(path)
-        if sync:
-            _sync(path.parent)
-    except OSError as error:
-        raise ElitError(f"cannot write {path}: {error.strerror or error}") from error
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # with the rights of any new file
+    try:
+        with _disk_errors_told_as_of(path, temporary):
+            yield temporary
+        with _told_as_of(path):
+            if sync:
+                _sync(temporary)
+            temporary.replace(path)
+            if sync:
+                _sync(path.parent)
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(
     path: str | Path, content: object, indent: int | None = 2, default: Callable[[Any], Any] | None = None
 ) -> None:
-    """A JSON file, whole or not at all.
+    """Writes a JSON file, whole or not at all.
 
     Args:
         indent, default: of :func:`json.dumps`.
@@ -63,40 +62,62 @@ def write_json(
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """The same for a folder of files. An existing folder of that name is an error.
+    """Gives a temporary folder beside the wanted one, and renames it when the block ends well.
 
     Raises:
-        ElitError: the folder exists, cannot be written, or the disk is full.
+        ElitError: the wanted folder exists, cannot be written, or the disk is full; nothing is left behind. Any other
+            error of the block is raised as it is.
     """
     path = Path(path)
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     _refuse_existing(path)
-    try:
+    with _told_as_of(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        temporary.chmod(0o777 & ~_umask())
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        _refuse_existing(path)  # it may have come meanwhile
-        temporary.rename(path)
-        _sync(path.parent)
-    except OSError as error:
-        raise ElitError(f"cannot write {path}: {error.strerror or error}") from error
+        temporary.mkdir()
+    try:
+        with _disk_errors_told_as_of(path, temporary):
+            yield temporary
+        with _told_as_of(path):
+            for file in temporary.rglob("*"):
+                _sync(file)
+            _refuse_existing(path)  # it may have come meanwhile
+            temporary.rename(path)
+            _sync(path.parent)
     finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder, and those above it, unless it is there.
+    """Makes a folder, and those above it, unless it exists.
 
     Raises:
         ElitError: it cannot be made.
     """
-    try:
+    with _told_as_of(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _told_as_of(path: Path) -> Iterator[None]:
+    """Turns an error of the system into the sentence that a path cannot be written."""
+    try:
+        yield
     except OSError as error:
+        raise ElitError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _disk_errors_told_as_of(path: Path, temporary: Path) -> Iterator[None]:
+    """Does the same in a caller's block, which may also read files and talk to a network: only for errors of the disk
+    or of the temporary path itself.
+    """
+    try:
+        yield
+    except OSError as error:
+        about = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+        ours = about is not None and (about == temporary or temporary in about.parents)
+        if error.errno not in _DISK and not ours:
+            raise
         raise ElitError(f"cannot write {path}: {error.strerror or error}") from error
 
 
@@ -111,10 +132,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    with _UMASK:
-        mask = os.umask(0)
-        os.umask(mask)
-    return mask

@@ -1,6 +1,5 @@
-"""What a launcher (torchrun, accelerate launch) tells a process: its place and its GPU. And taking turns."""
+"""What a launcher (torchrun, accelerate launch) tells a process; its device; and how processes take turns."""
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,26 +11,32 @@ from elit.atomic import make_folder
 from elit.errors import ElitError
 
 
-def place() -> tuple[int, int]:
-    """The number of this process and how many there are: 0 of 1 without a launcher."""
+def rank_and_world_size() -> tuple[int, int]:
+    """Returns the number of this process and how many there are: 0 of 1 without a launcher."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def processes_here() -> int:
-    """How many processes of the launch share this machine."""
+def local_world_size() -> int:
+    """Returns how many processes of the launch share this machine: 1 without a launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def own_device(name: str = "auto") -> torch.device:
-    """A device by name; ``auto`` is a GPU where there is one, and ``cuda`` the GPU of this process.
+def default_device(name: str = "auto") -> torch.device:
+    """Returns a device by name.
+
+    Args:
+        name: ``cpu``, ``cuda:1`` and so on as PyTorch has them. ``cuda`` is the GPU of this process, and ``auto`` is
+            that GPU where there is one and else the CPU.
 
     Raises:
-        ElitError: there is no such device here.
+        ElitError: there is no such device here, or it is Apple's MPS, which has no float64.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+    if name.partition(":")[0] == "mps":
+        raise ElitError("device mps is not supported: sampling computes in float64, which MPS lacks; take device cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -41,16 +46,24 @@ def own_device(name: str = "auto") -> torch.device:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of it when the process dies.
+def file_lock(path: Path) -> Iterator[None]:
+    """Lets one process at a time run the block, by a lock on a file; the system frees it when the process dies.
+
+    Locks of a file, unlike those of a folder, also hold between the machines that share a network file system.
+
+    Args:
+        path: the lock file, which is made and stays.
 
     Raises:
-        ElitError: the folder cannot be made.
+        ElitError: the file cannot be made.
     """
-    make_folder(folder)
-    handle = os.open(folder, os.O_RDONLY)
+    from filelock import FileLock
+
+    make_folder(path.parent)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+        with FileLock(path):
+            yield
+    except PermissionError as error:
+        if error.filename != str(path):
+            raise
+        raise ElitError(f"cannot write {path}: {error.strerror}") from error

@@ -344,6 +344,29 @@ def test_a_hub_id_without_the_network_is_named(monkeypatch: pytest.MonkeyPatch, 
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("source", ["runs/train", "runs/a.pt", "mine/missing", "mine/missing/file.pt", "file/x"])
+def test_a_path_is_not_looked_up_on_the_hub(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``runs`` is where training writes by default, before there is such a folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("elit.models.files._download", lambda *_, **__: pytest.fail("the Hub was asked"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ElitError, match=f"there is no model at {source}: give a run directory"):
+        resolve(source)
+
+
+@pytest.mark.parametrize("given", ["mine/model", "mine/model/file.pt"])
+def test_an_id_of_the_hub_can_be_marked_as_one(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr("elit.models.files._download", lambda repo, file, **_: Path(repo, file))
+    assert resolve(f"hf://{given}") == Path(given)
+    with pytest.raises(ElitError, match=f"for the Hub's write hf://{given}"):
+        resolve(given)
+    with pytest.raises(ElitError, match="there is no model at hf://model"):
+        resolve("hf://model")
+
+
 def test_a_hub_id_is_downloaded_with_its_revision(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, dict[str, Any]]] = []
 

@@ -23,12 +23,12 @@ from elit.atomic import atomic_file, write_json
 from elit.commands.processes import Process
 from elit.data.pixels import to_uint8
 from elit.errors import ElitError
-from elit.launch import alone_in
+from elit.launch import file_lock
 from elit.seeding import derive_seed
 
 Labels = Literal["balanced", "random"] | list[int]
 Format = Literal["png", "npz", "both"]
-SETTINGS, ARCHIVE = "settings.json", "samples.npz"
+SETTINGS, ARCHIVE, LOCK = "settings.json", "samples.npz", ".lock"
 COUNT = "num_images"  # the one setting that may change: a folder can be extended
 LISTS = ("labels", "prompts")  # these may grow with it
 
@@ -49,7 +49,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         ElitError: names the first setting that differs, or the folder holds something else.
     """
     path, larger = folder / SETTINGS, settings
-    with alone_in(folder):
+    with file_lock(folder / LOCK):
         empty = all(p.name.startswith(".") or p == path for p in folder.iterdir())
         if not path.exists() and not empty:
             raise ElitError(f"{folder} is not empty and has no {SETTINGS}; sample into a new folder")
@@ -142,7 +142,7 @@ def _write_png(path: Path, pixels: np.ndarray, about: dict[str, Any]) -> None:
 
 def _finish(folder: Path, count: int, labels_of: Callable[[Sequence[int]], list[int] | None], kind: Format) -> bool:
     """The archive, and an end to what is only on the way to it."""
-    with alone_in(folder):
+    with file_lock(folder / LOCK):
         if kind != "png" and _archived(folder) < count:
             _write_archive(folder, count, labels_of)
         for half_written in (".*.png.*", f".{SETTINGS}.*", f".{ARCHIVE}.*"):  # left by processes that were killed
@@ -150,7 +150,7 @@ def _finish(folder: Path, count: int, labels_of: Callable[[Sequence[int]], list[
                 path.unlink(missing_ok=True)
         if kind == "npz":
             for index in present(folder):
-                (folder / _name(index)).unlink()
+                (folder / _name(index)).unlink(missing_ok=True)
     return True
 
 

@@ -13,7 +13,7 @@ from elit.data.latents import INDEX, read_index
 from elit.data.remote import local_copy
 from elit.data.sources import find_images
 from elit.errors import ElitError
-from elit.launch import own_device, processes_here
+from elit.launch import default_device, local_world_size
 
 
 def prepare_convert(
@@ -87,9 +87,9 @@ def prepare_encode(
     images = ImageFolder(local_copy(source))
     encoder = load_autoencoder(autoencoder, revision=revision)
     if workers is None:
-        workers = max(1, available_cpus() // processes_here())
+        workers = max(1, available_cpus() // local_world_size())
     encoding = Encoding(
-        images, Path(out), encoder.to(own_device(device)), autoencoder, commit_of(autoencoder, revision),
+        images, Path(out), encoder.to(default_device(device)), autoencoder, commit_of(autoencoder, revision),
         flips, dtype, shard_size, batch_size, workers,
     )  # fmt: skip
     waited = encoded = 0.0

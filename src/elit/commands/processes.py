@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from elit.errors import ElitError
-from elit.launch import own_device, place
+from elit.launch import default_device, rank_and_world_size
 
 
 class Process(NamedTuple):
@@ -37,4 +37,4 @@ def this_process(device: str = "auto", threads: int = 1) -> Process:
     if threads < 1:
         raise ElitError(f"threads is {threads}; it must be at least 1")
     torch.set_num_threads(threads)
-    return Process(*place(), own_device(device))
+    return Process(*rank_and_world_size(), default_device(device))

@@ -28,7 +28,7 @@ from elit.errors import ElitError
 from elit.flow import Guidance, StageSchedule, sample
 from elit.flow.pyramid import THRESHOLD
 from elit.interface import Budget, BudgetByNoise
-from elit.launch import own_device
+from elit.launch import default_device
 from elit.models.files import load
 
 VIDEO = (".gif", ".mp4")
@@ -154,7 +154,7 @@ def sample_images(
     del settings["plan"]  # what it says counts, not where it lies
 
     process = None if single else this_process(device, threads)
-    device = str(process.device if process else own_device(device))
+    device = str(process.device if process else default_device(device))
     net = load(model, weights=weights, device=device)
     if followed is not None and followed.stamp["model"] != weights_digest(net):
         raise ElitError(f"{plan} was made for other weights than those of {model}; run elit plan for this model")

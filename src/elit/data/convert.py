@@ -73,16 +73,16 @@ def available_cpus() -> int:
 
 
 def _convert_image(root: Path, out: Path, transform: str, resolution: int, job: tuple[int, str]) -> str | None:
-    """Converts one image unless it is there; gives the reason why it could not be read."""
+    """Converts one image unless it is there; returns the reason why it could not be read."""
     i, name = job
     target = out / image_name(i)
-    if target.exists():
+    if target.exists() and target.stat().st_size:  # a power failure may leave an empty file
         return None
     try:
         image = read_rgb(read_bytes(root, name))
     except CorruptImageError as error:
         return str(error)
-    with atomic_file(target) as temporary:
+    with atomic_file(target, sync=False) as temporary:
         TRANSFORMS[transform](image, resolution).save(temporary)
     return None
 

@@ -20,7 +20,7 @@ from elit.data.images import to_signed
 from elit.data.latents import INDEX, read_index
 from elit.data.sources import fingerprint
 from elit.errors import ElitError
-from elit.launch import place
+from elit.launch import rank_and_world_size
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -106,7 +106,7 @@ class Encoding:
             range(start, min(start + shard_size, len(images))) for start in range(0, len(images), shard_size)
         ]
         self._done = {shard for shard in range(len(self.shards)) if self._is_there(shard)}
-        rank, processes = place()
+        rank, processes = rank_and_world_size()
         self.todo = [shard for shard in range(rank, len(self.shards), processes) if shard not in self._done]
 
     def __iter__(self) -> Iterator[EncodeReport]:

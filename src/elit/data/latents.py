@@ -17,7 +17,7 @@ from elit.data.clips import ClipFolder
 from elit.data.folder import ImageFolder
 from elit.data.sources import LABELS, count_classes, labels_of, parse_labels
 from elit.errors import ElitError
-from elit.launch import own_device
+from elit.launch import default_device
 from elit.seeding import normals
 
 INDEX = "index.json"
@@ -225,7 +225,7 @@ class EncodedFolder(LatentData):
 
     def __init__(self, images: ImageFolder | ClipFolder, autoencoder: str | Path, batch_size: int = 32) -> None:
         self.images = images
-        self.autoencoder = load_autoencoder(autoencoder).to(own_device())
+        self.autoencoder = load_autoencoder(autoencoder).to(default_device())
         self.batch_size = batch_size
         self.labels, self.num_classes, self.captions = images.labels, images.num_classes, images.captions
         self.scaling = scaling(self.autoencoder)

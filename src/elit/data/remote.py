@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from elit.atomic import atomic_file
 from elit.errors import ElitError
-from elit.launch import alone_in
+from elit.launch import file_lock
 
 FETCHERS = 16  # files at a time: of small ones, the answer of the store takes longer than the bytes
 
@@ -63,10 +63,10 @@ def _fetch(system: Any, folder: Path, names: dict[str, str], sizes: dict[str, in
         return target.exists() and target.stat().st_size == sizes[file]
 
     def fetch(file: str) -> None:
-        with atomic_file(folder / names[file]) as temporary:
+        with atomic_file(folder / names[file], sync=False) as temporary:
             system.get_file(file, str(temporary))
 
-    with alone_in(folder):
+    with file_lock(folder.with_suffix(".lock")):
         missing = [file for file in names if not is_there(file)]
         pool = ThreadPoolExecutor(FETCHERS)
         try:

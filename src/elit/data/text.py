@@ -9,7 +9,7 @@ import torch
 from elit.conditions import Text
 from elit.data.captions import WordVectors
 from elit.errors import ElitError
-from elit.launch import own_device
+from elit.launch import default_device
 
 WORDS = "words"
 
@@ -50,7 +50,7 @@ class TextEncoder:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         of_text = whole.get_encoder() if whole.config.is_encoder_decoder else getattr(whole, "text_model", whole)
-        self.device = own_device() if device is None else device
+        self.device = default_device() if device is None else device
         self.model = of_text.to(self.device).eval().requires_grad_(False)
         self.max_length = max_length
 

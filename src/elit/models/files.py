@@ -20,6 +20,8 @@ from elit.models.registry import ARCHITECTURES, model_class_of
 logger = logging.getLogger("elit")
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+HUB = "hf://"
+LOCAL = ("", ".", "..", "~", "runs")  # where paths begin that are no Hub ids; runs is where training writes by default
 TRAINING = "training.safetensors"  # beside them in the checkpoint of a run: raw weights (``raw.*``) and optimizer state
 
 
@@ -194,29 +196,33 @@ def checkpoints(run: str | Path) -> list[Path]:
 
 
 def resolve(source: str | Path, **hub: Any) -> Path:
-    """Where a model's files lie: the folder for a folder, a run directory (its latest checkpoint) or a Hub id, or a
-    published checkpoint's file.
+    """Finds the folder of a model's files, or the file of a published checkpoint, and downloads it where necessary.
 
     Args:
+        source: see :func:`load`.
         hub: ``revision``, ``cache_dir``, ``token``, ``force_download``, ``local_files_only`` for a Hub id.
 
     Raises:
-        ElitError: there is none.
+        ElitError: there is none. What looks like a local path is never looked up on the Hub.
     """
     path = Path(source)
-    if path.is_file() or (path / CONFIG).is_file():
+    on_hub = str(source).startswith(HUB)
+    if not on_hub and (path.is_file() or (path / CONFIG).is_file()):
         return path
-    if path.is_dir():
+    if not on_hub and path.is_dir():
         found = checkpoints(path)
         if not found:
             raise ElitError(f"{path} holds no model: neither {CONFIG} nor checkpoints/; give a run or a saved model")
         return found[-1]
-    owner, _, rest = str(source).partition("/")
+    owner, _, rest = str(source).removeprefix(HUB).partition("/")
     repo, _, file = rest.partition("/")
-    if path.exists() or not repo or owner in ("", ".", "..", "~") or (file and not file.endswith(".pt")):
+    is_id = bool(owner and repo) and (not file or file.endswith(".pt"))
+    local = not on_hub and (owner in LOCAL or path.exists() or Path(owner).exists())
+    if local or not is_id:
+        hint = f"; for the Hub's write {HUB}{source}" if local and is_id and owner not in LOCAL else ""
         raise ElitError(
             f"there is no model at {source}: give a run directory, a saved model, a published .pt file, or a Hub id "
-            "(OWNER/NAME, or OWNER/NAME/FILE.pt)"
+            f"(OWNER/NAME, or OWNER/NAME/FILE.pt){hint}"
         )
     return _download(f"{owner}/{repo}", file, **hub)
 
@@ -256,11 +262,12 @@ def load(
     untrained_levels: bool = False,
     **hub: Any,
 ) -> Model:
-    """Loads a model ready to use, in evaluation mode. Tells the logger ``elit`` what it found.
+    """Loads a model, ready to use and in evaluation mode, and tells the logger ``elit`` what it found.
 
     Args:
         source: a run directory (its latest checkpoint), a folder written by ``save_pretrained``, a Hub id
-            (``owner/name``), or a published checkpoint: a ``.pt`` file, or ``owner/name/file.pt`` on the Hub.
+            (``owner/name``), or a published checkpoint: a ``.pt`` file, or ``owner/name/file.pt`` on the Hub. With
+            ``hf://`` before it an id is one of the Hub even where a folder has the owner's name.
         weights: the moving average, or the raw weights that training goes on from.
         device, dtype: where to put it, and in what precision (default: as saved).
         num_heads, head_depth, tail_depth: what a published checkpoint of no published size leaves open.

@@ -25,6 +25,7 @@ from elit.conditions import Condition, map_condition
 from elit.data import Captioned, Data, open_data, sample_indices
 from elit.errors import ElitError
 from elit.flow import path_named
+from elit.launch import default_device
 from elit.models import MMDiT, MMDiTConfig, Model, Transformer, config_for, create
 from elit.seeding import derive_seed, torch_seeded
 from elit.training import state
@@ -442,7 +443,7 @@ def _accelerator(config: TrainConfig) -> Any:
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise ElitError("precision is fp16, which needs a GPU; take bf16 or fp32")
     accelerator = accelerate.Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else processes without a GPU would not find each other
+        cpu=default_device().type == "cpu",  # else processes without a GPU would not find each other
         mixed_precision="no",  # its setting holds for the process, ours for a trainer
         log_with=list(config.trackers),
         project_config=accelerate.utils.ProjectConfiguration(config.out, logging_dir=f"{config.out}/tensorboard"),
