@@ -42,13 +42,30 @@ def tokens(interface: LatentInterface, batch: int = 2, seed: int = 0) -> tuple[T
     return s, torch.randn(batch, width, generator=draws, dtype=torch.float64)
 
 
+def read(interface: LatentInterface, s: Tensor, c: Tensor, level: int) -> Tensor:
+    """Latents (B, G, J~, D), as the core takes them."""
+    return interface.read(interface.to_windows(s, interface.grid), c, level)[:, :, :level]
+
+
+def mix(latents: Tensor) -> Tensor:
+    """A stand-in for the core: all latents (B, G, J~, D) of a sample see each other."""
+    return torch.tanh(latents) + latents.mean((1, 2), keepdim=True)
+
+
 def roundtrip(
-    interface: LatentInterface, s: Tensor, c: Tensor, level: int, core: Callable[[Tensor], Tensor] = torch.tanh
+    interface: LatentInterface,
+    s: Tensor,
+    c: Tensor,
+    level: int,
+    core: Callable[[Tensor], Tensor] = mix,
+    grid: TokenGrid | None = None,
 ) -> Tensor:
-    """Read, something that mixes latents, Write."""
-    latents, spatial = interface.read(s, c, interface.grid, level)
-    mixed = core(latents) + latents.mean(1, keepdim=True)
-    return interface.write(mixed, spatial, interface.grid)
+    """Spatial tokens (B, N, D) through Read, a core and Write."""
+    grid = interface.grid if grid is None else grid
+    windows = interface.to_windows(s, grid)
+    filled = interface.read(windows, c, level)
+    latents = core(filled[:, :, :level])
+    return grid.from_windows(interface.write(windows, interface.with_tail(latents, filled)))
 
 
 # ------------------------------------------------------------------------------------------------ the reference
@@ -65,19 +82,18 @@ def test_read_and_write_are_the_plain_loops(
     grid, published = interface.grid, config.variant == "published"
     weights, (s, c) = reference.weights_of(interface), tokens(interface)
     for level in {1, interface.num_latents // 2 + 1, interface.num_latents}:
-        latents, spatial = interface.read(s, c, grid, level)
-        core = torch.tanh(latents) + 0.1  # the core, of which Write sees the result
-        answer = interface.write(core, spatial, grid)
+        latents = read(interface, s, c, level)
+        answer = roundtrip(interface, s, c, level, lambda x: torch.tanh(x) + 0.1)  # Write sees what the core gives
         filled = interface.num_latents if config.tail_visible else level
         for sample in range(len(s)):
             vectors = list(reference.array(s[sample]))
-            read = reference.read(
+            expected = reference.read(
                 weights, vectors, reference.array(c[sample]), size, grid.window, HEADS, THETA, published, filled
             )
-            kept = np.array([window[:level] for window in read])
+            kept = np.array([window[:level] for window in expected])
             # both sides are float64; what is left is the order of summation, some 1e-15 a term
-            np.testing.assert_allclose(latents[sample].view(kept.shape).detach().numpy(), kept, rtol=0, atol=1e-12)
-            seen = [[*(np.tanh(x) + 0.1 for x in window[:level]), *window[level:]] for window in read]
+            np.testing.assert_allclose(latents[sample].detach().numpy(), kept, rtol=0, atol=1e-12)
+            seen = [[*(np.tanh(x) + 0.1 for x in window[:level]), *window[level:]] for window in expected]
             wrote = reference.write(
                 weights, vectors, seen, size, grid.window, HEADS, THETA, published, config.write_depth
             )
@@ -102,18 +118,18 @@ def test_float32_is_float64_within_its_precision(config: InterfaceConfig) -> Non
 def test_shapes_are_those_of_the_latents_kept(config: InterfaceConfig, level: int) -> None:
     interface = build(config)
     s, c = tokens(interface, batch=3)
-    latents, spatial = interface.read(s, c, interface.grid, level)
-    assert latents.shape == (3, interface.grid.num_windows * level, WIDTH)
-    assert interface.write(latents, spatial, interface.grid).shape == s.shape
+    filled = interface.read(interface.to_windows(s, interface.grid), c, level)
+    assert filled.shape == (3, interface.grid.num_windows, 4 if config.tail_visible else level, WIDTH)
+    assert roundtrip(interface, s, c, level).shape == s.shape
 
 
 @pytest.mark.parametrize("config", [PAPER, VARIANTS["published, tail dropped"]], ids=["paper", "published"])
 def test_fewer_latents_are_a_prefix_of_more(config: InterfaceConfig) -> None:
     interface = build(config)
     s, c = tokens(interface)
-    full = interface.read(s, c, interface.grid, 4)[0].unflatten(1, (-1, 4))
+    full = read(interface, s, c, 4)
     for level in (1, 2, 3):
-        few = interface.read(s, c, interface.grid, level)[0].unflatten(1, (-1, level))
+        few = read(interface, s, c, level)
         torch.testing.assert_close(few, full[:, :, :level], rtol=0, atol=1e-13)  # float64, another batch of queries
 
 
@@ -132,8 +148,30 @@ def test_levels_run_from_the_smallest_to_all() -> None:
 def test_a_budget_is_rounded_as_its_variant_says() -> None:
     paper = LatentInterface(InterfaceConfig(4), 8, 2, (1, 4, 4), THETA)
     published = LatentInterface(InterfaceConfig(4, variant="published"), 8, 2, (1, 4, 4), THETA)
-    assert [paper.level(b) for b in (None, 1.0, 0.29, 0.25, 0.01)] == [16, 16, 5, 4, 1]
+    assert [paper.level(b) for b in (None, 1.0, 0.29, 0.25, 0.01)] == [16, 16, 5, 4, 1]  # less than one is one
     assert [published.level(b) for b in (None, 1.0, 0.29, 0.25, 0.01)] == [16, 16, 4, 4, 1]
+
+
+def test_levels_are_those_of_training_where_they_are_told() -> None:
+    interface = LatentInterface(InterfaceConfig(4, levels=(16, 4, 8)), 8, 2, (1, 4, 4), THETA)
+    assert interface.levels == (4, 8, 16)
+    assert [interface.level(b) for b in (None, 1.0, 0.7, 0.3, 0.22)] == [16, 16, 8, 4, 4]  # the nearest of them
+    with pytest.raises(ElitError, match=r"trained with 4, 8 and 16: take at least 0\.25, or load it with untrained"):
+        interface.level(1 / 16)
+    interface.allow_untrained_levels()
+    assert interface.levels == tuple(range(1, 17))
+    assert interface.level(1 / 16) == 1
+
+
+def test_no_budget_is_the_highest_level_that_was_trained() -> None:
+    interface = LatentInterface(InterfaceConfig(4, levels=(2, 8)), 8, 2, (1, 4, 4), THETA)
+    assert interface.level(None) == interface.level(1.0) == 8
+
+
+@pytest.mark.parametrize("levels", [(), (0, 4), (17,), (4, 5.5)])
+def test_impossible_levels_are_named(levels: tuple[int, ...]) -> None:
+    with pytest.raises(ElitError, match=r"levels is .*; a window of 16 latents has the levels"):
+        LatentInterface(InterfaceConfig(4, levels=levels), 8, 2, (1, 4, 4), THETA)
 
 
 @pytest.mark.parametrize("min_latents", [0, -1, 17])
@@ -161,9 +199,8 @@ def test_the_paper_variant_takes_any_grid_that_its_windows_tile() -> None:
     grid = interface.grid_of((1, 8, 10))
     assert grid == TokenGrid((1, 8, 10), (1, 2, 2))
     s, c = torch.randn(2, 80, WIDTH).double(), torch.randn(2, WIDTH).double()
-    latents, spatial = interface.read(s, c, grid, 2)
-    assert latents.shape == (2, 40, WIDTH)
-    assert interface.write(latents, spatial, grid).shape == s.shape
+    assert interface.read(interface.to_windows(s, grid), c, 2).shape == (2, 20, 2, WIDTH)
+    assert roundtrip(interface, s, c, 2, grid=grid).shape == s.shape
     with pytest.raises(ElitError, match="group size 2 does not divide the 5 tokens"):
         interface.grid_of((1, 5, 8))
 
@@ -176,8 +213,7 @@ def test_a_new_write_gives_the_spatial_tokens_back(config: InterfaceConfig) -> N
     fresh = LatentInterface(config, WIDTH, HEADS, (1, 4, 6), THETA)
     init_model(fresh)
     s, c = torch.randn(2, 24, WIDTH), torch.randn(2, WIDTH)
-    latents, spatial = fresh.read(s, c, fresh.grid, 4)
-    answer = fresh.write(latents, spatial, fresh.grid)
+    answer = roundtrip(fresh, s, c, 4)
     if config.variant == "paper":
         assert torch.equal(answer, s)
     else:  # the published Write adds its positions to the tokens themselves
@@ -206,10 +242,10 @@ def test_the_answer_depends_on_the_latents_kept_and_on_no_other(config: Interfac
 def test_a_visible_tail_is_seen_by_write_but_not_by_the_core(config: InterfaceConfig) -> None:
     interface = build(config)
     s, c = tokens(interface)
-    before, core = roundtrip(interface, s, c, 2), interface.read(s, c, interface.grid, 2)[0]
+    before, seen = roundtrip(interface, s, c, 2), read(interface, s, c, 2)
     with torch.no_grad():
         interface.latents[3] += torch.arange(WIDTH).cos()
-    assert torch.equal(interface.read(s, c, interface.grid, 2)[0], core)
+    assert torch.equal(read(interface, s, c, 2), seen)
     assert (roundtrip(interface, s, c, 2) - before).abs().max() > 1e-6
 
 
@@ -222,9 +258,7 @@ def test_windows_do_not_see_each_other(config: InterfaceConfig) -> None:
     changed = interface.grid.from_windows(changed)
 
     def answers(x: Tensor) -> tuple[Tensor, Tensor]:
-        latents, spatial = interface.read(x, c, interface.grid, 3)
-        wrote = interface.grid.to_windows(interface.write(torch.tanh(latents), spatial, interface.grid))
-        return latents.unflatten(1, (-1, 3)), wrote
+        return read(interface, x, c, 3), interface.grid.to_windows(roundtrip(interface, x, c, 3, torch.tanh))
 
     for before, after in zip(answers(s), answers(changed), strict=True):
         differs = (after - before).abs().amax(dim=(0, 2, 3))
@@ -238,8 +272,7 @@ def test_read_permutes_with_its_windows() -> None:
     s, c = tokens(interface)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     moved = interface.grid.from_windows(interface.grid.to_windows(s)[:, order])
-    latents = interface.read(s, c, interface.grid, 3)[0].unflatten(1, (6, 3))
-    again = interface.read(moved, c, interface.grid, 3)[0].unflatten(1, (6, 3))
+    latents, again = read(interface, s, c, 3), read(interface, moved, c, 3)
     torch.testing.assert_close(again, latents[:, order], rtol=0, atol=1e-13)
     assert (again - latents).abs().max() > 1e-2
 
@@ -248,8 +281,7 @@ def test_read_tells_the_tokens_of_a_window_apart() -> None:
     interface = build(PAPER)
     s, c = tokens(interface)
     swapped = interface.grid.to_windows(s)[:, :, [1, 0, 2, 3]]
-    latents = interface.read(s, c, interface.grid, 4)[0]
-    again = interface.read(interface.grid.from_windows(swapped), c, interface.grid, 4)[0]
+    latents, again = read(interface, s, c, 4), read(interface, interface.grid.from_windows(swapped), c, 4)
     assert (again - latents).abs().max() > 1e-3
 
 
@@ -257,20 +289,15 @@ def test_write_ignores_the_order_of_the_latents_it_reads() -> None:
     """Attention over a set: what a latent is comes from its content, given in Read and the core."""
     interface = build(PAPER)
     s, c = tokens(interface)
-    latents, spatial = interface.read(s, c, interface.grid, 4)
-    moved = latents.unflatten(1, (-1, 4))[:, :, [2, 0, 3, 1]].flatten(1, 2)
-    torch.testing.assert_close(
-        interface.write(moved, spatial, interface.grid),
-        interface.write(latents, spatial, interface.grid),
-        rtol=0,
-        atol=1e-13,
-    )
+    as_they_are = roundtrip(interface, s, c, 4, lambda latents: latents)
+    moved = roundtrip(interface, s, c, 4, lambda latents: latents[:, :, [2, 0, 3, 1]])
+    torch.testing.assert_close(moved, as_they_are, rtol=0, atol=1e-13)
 
 
 def test_read_listens_to_the_condition() -> None:
     interface = build(PAPER)
     s, c = tokens(interface)
-    assert (interface.read(s, c, interface.grid, 4)[0] - interface.read(s, -c, interface.grid, 4)[0]).abs().max() > 0.1
+    assert (read(interface, s, c, 4) - read(interface, s, -c, 4)).abs().max() > 0.1
 
 
 # ------------------------------------------------------------------------------------------------ positions
@@ -377,8 +404,7 @@ def test_attention_is_cheaper_with_fewer_latents() -> None:
 
     def cost(level: int) -> int:
         with FlopCounterMode(display=False) as counter:
-            latents, spatial = interface.read(s, c, interface.grid, level)
-            interface.write(latents, spatial, interface.grid)
+            roundtrip(interface, s, c, level)
         return counter.get_total_flops()
 
     token, latent = 2 * WIDTH**2, 16 * 2 * WIDTH**2  # one linear layer, for a token and for a latent of each window
