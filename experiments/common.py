@@ -93,8 +93,6 @@ def train(
     trainer = Trainer(config, photographs() if data is None else data)
     variant.change(trainer)
     trainer.run_to_end()
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     averaged = trainer.ema.module.eval()
     assert isinstance(averaged, Model)
     return averaged

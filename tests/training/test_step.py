@@ -7,12 +7,10 @@ import pytest
 import torch
 
 import elit
-from elit import ElitError
 from elit.interface import BudgetByNoise
 from elit.models import DFM
 from elit.training import ElasticConfig, ModelChoice, OptimizerConfig, StepReport, Trainer, ValidationConfig
-from elit.training.batch import as_many_for_all, draw, micro_batches, share
-from elit.training.trainer import prepare_blocks
+from elit.training.batch import draw, micro_batches, pad_micro_batches, share
 from tests.helpers.models import randomize
 from tests.helpers.runs import FIELDS, config, log
 
@@ -38,19 +36,19 @@ def test_shares_cover_the_batch() -> None:
 
 
 def test_micro_batches_have_one_level_each() -> None:
-    parts = [(part.level, part.places.tolist()) for part in micro_batches([4, 16, 4, 4, 16], 2)]
+    parts = [(part.level, part.indices.tolist()) for part in micro_batches([4, 16, 4, 4, 16], 2)]
     assert parts == [(4, [0, 2]), (4, [3]), (16, [1, 4])]
 
 
 def test_processes_with_less_to_do_join_with_samples_that_weigh_nothing() -> None:
     levels = [4, 4, 4, 16, 8, 4, 16]  # of two processes: two levels in 3 samples, three levels in 4
     shares = [levels[share(7, process, 2)] for process in range(2)]
-    parts = [as_many_for_all(micro_batches(of_process, 2), levels, 2, 2) for of_process in shares]
+    parts = [pad_micro_batches(micro_batches(of_process, 2), levels, 2, 2) for of_process in shares]
     assert len(parts[0]) == len(parts[1]) == 3
     for of_process, its_parts in zip(shares, parts, strict=True):
         weights = [0.0] * len(of_process)
         for part in its_parts:
-            for place in part.places:
+            for place in part.indices:
                 assert of_process[place] == part.level
                 weights[place] += part.weight
         assert weights == [1.0] * len(of_process)
@@ -63,7 +61,7 @@ def test_processes_with_less_to_do_join_with_samples_that_weigh_nothing() -> Non
 )
 def test_the_same_step_in_other_ways(tmp_path: Path, change: dict[str, Any]) -> None:
     """Float32 sums in another order; after some steps the optimizer has blown their rounding up."""
-    agree(reports(tmp_path / "a")[:3], reports(tmp_path / "b", **change)[:3], rel=1e-5)
+    agree(reports(tmp_path / "a")[:3], reports(tmp_path / "b", **change)[:3], rel=1e-4)
 
 
 def test_half_precision_stays_near(tmp_path: Path) -> None:
@@ -73,25 +71,23 @@ def test_half_precision_stays_near(tmp_path: Path) -> None:
     assert elit.load(tmp_path / "b").dtype == torch.float32
 
 
-def test_one_compilation_serves_all_blocks_and_budgets(tmp_path: Path) -> None:
-    graphs = []
+def test_a_compiled_run_is_the_eager_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward at many budgets, with activations computed again; one compilation serves all blocks."""
+    settings: dict[str, Any] = {"steps": 8, "checkpoint_activations": True}
+    eager = list(Trainer(config(tmp_path / "a", **settings)))
+    compile_module, compiled_blocks = torch.nn.Module.compile, []
 
-    def backend(graph: torch.fx.GraphModule, _: list[Any]) -> Any:
-        graphs.append(graph)
-        return graph.forward
+    def without_a_compiler(block: torch.nn.Module, **options: Any) -> None:  # a test machine may have none
+        compiled_blocks.append(block)
+        compile_module(block, backend="aot_eager", **options)
 
+    monkeypatch.setattr(torch.nn.Module, "compile", without_a_compiler)
     torch._dynamo.reset()
-    trainer = Trainer(config(tmp_path / "run", compile=True))
-    plain = Trainer(config(tmp_path / "plain")).model
-    with pytest.MonkeyPatch.context() as patch:
-        compiler = torch.compile
-        patch.setattr(torch, "compile", lambda f, dynamic: compiler(f, dynamic=dynamic, backend=backend))
-        prepare_blocks(trainer.model, trainer.config)
-    x, t = plain.example(4)
-    for level in (16, 5, 1, 9):
-        y = torch.randint(10, (4,))
-        torch.testing.assert_close(trainer.model(x, t, y, level / 16), plain(x, t, y, level / 16))
-    assert len(graphs) == 1
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = list(Trainer(config(tmp_path / "b", compile=True, **settings)))
+    assert len(compiled_blocks) == FIELDS["depth"]
+    assert len({report.num_latents for report in compiled}) > 3
+    agree(eager, compiled, rel=1e-4)  # float32 sums in another order, which Muon enlarges
 
 
 @pytest.mark.parametrize("fields", [{}, PUBLISHED], ids=["paper", "published"])
@@ -182,9 +178,3 @@ def test_held_out_loss_is_the_same_for_any_number_of_processes(tmp_path: Path) -
         draws, _ = draw(trainer.config, trainer.model, trainer.path, 0, 200)
         direct = trainer.objective(x, y, draws, 0.25).mean()
     assert seen[0]["held_out_loss/0.25"] == pytest.approx(float(direct), rel=0.2)  # two draws of noise and times
-
-
-def test_scaler_needs_a_gpu(tmp_path: Path) -> None:
-    if not torch.cuda.is_available():
-        with pytest.raises(ElitError, match="precision is fp16, which needs a GPU"):
-            Trainer(config(tmp_path / "run", precision="fp16"))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from elit.cli import main
 
@@ -28,6 +29,12 @@ ELASTIC = ["--model.name", "ELIT-DiT-S/1", "--data", "digits8"]
         (["--trackers", "[paper]"], "trackers"),
         (["--parallel", "fsdp", "--optimizer.name", "muon"], "parallel is fsdp, and optimizer.name muon needs whole"),
         (["--parallel", "fsdp", "--precision", "fp16"], "precision is fp16, whose loss scale parallel fsdp"),
+        (["--snapshot-every", "-1"], "snapshot_every is -1; it must be at least 0"),
+        pytest.param(
+            ["--precision", "fp16"],
+            "precision is fp16, which needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["--repa.encoder", "runs/no/encoder", "--repa.depth", "2"], "with --repa.encoder"),
         (["--repa.encoder", "runs/no/encoder"], "repa.depth is 8; the model has spatial tokens after its blocks 1 to"),
         (["--repa.decoder", "runs/no/encoder"], "repa.decoder"),

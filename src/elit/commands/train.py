@@ -1,7 +1,11 @@
 """`elit train`: the trainer with a progress bar and pictures on the way."""
 
+import math
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from elit.data.clips import write_video
 from elit.flow import sample
 from elit.models import MMDiT, Model
 from elit.training import TrainConfig, Trainer
+from elit.training.trainer import STOP_SIGNALS
 
 
 def train(config: TrainConfig) -> Trainer:
@@ -30,6 +35,7 @@ def train(config: TrainConfig) -> Trainer:
     console = Console(soft_wrap=True, highlight=False, quiet=not trainer.is_main)
     console.print(describe(trainer))
     show_progress(trainer)
+    trainer.accelerator.end_training()
     if trainer.interrupted:
         console.print(f"stopped after step {trainer.step}; run the same command to continue")
         sys.exit(0 if trainer.stopped_by is signal.SIGTERM else 130)  # a scheduler's way to end a job, or Ctrl-C
@@ -38,7 +44,7 @@ def train(config: TrainConfig) -> Trainer:
 
 
 def describe(trainer: Trainer) -> str:
-    """What is about to be trained, in one line."""
+    """Says in one line what is about to be trained."""
     config, levels, accelerator = trainer.config, trainer.levels.levels, trainer.accelerator
     budgets = ""
     if levels:
@@ -52,17 +58,22 @@ def describe(trainer: Trainer) -> str:
 
 
 def show_progress(trainer: Trainer) -> None:
-    """Runs a trainer to its end behind a bar with loss, speed and the time left, drawing samples where it asks."""
-    smooth = 0.0
+    """Runs a trainer to its end, or until Ctrl-C or SIGTERM, behind a bar with loss, speed and the time left, drawing
+    samples where it asks."""
+    loss = None
     total = trainer.config.steps
-    with tqdm(total=total, desc="training", unit="step", dynamic_ncols=True, disable=not trainer.is_main) as bar:
+    with (
+        stop_on_signals(trainer),
+        tqdm(total=total, desc="training", unit="step", dynamic_ncols=True, disable=not trainer.is_main) as bar,
+    ):
         for report in trainer:
-            if not smooth:
+            if not bar.n:
                 bar.initial = bar.n = report.step - 1  # a continued run: time left counts from here
-                smooth = report.loss
-            smooth = 0.98 * smooth + 0.02 * report.loss
+            loss = smoothed(loss, report.loss)
             bar.update()
-            shown = {"loss": f"{smooth:.4f}"} | ({"skipped": f"{report.skipped}"} if report.skipped else {})
+            shown = {"loss": "not finite" if loss is None else f"{loss:.4f}"}
+            if report.skipped:
+                shown["skipped"] = f"{report.skipped}"
             if trainer.last_speed is not None:
                 shown["images/s"] = f"{trainer.last_speed.images_per_second:.0f}"
                 if trainer.last_speed.mfu is not None:
@@ -72,6 +83,31 @@ def show_progress(trainer: Trainer) -> None:
                 model = trainer.averaged()  # all processes put it together
                 if trainer.is_main:
                     draw_samples(trainer, model)
+
+
+def smoothed(average: float | None, loss: float) -> float | None:
+    """Takes a loss into a running average, which losses that are not finite leave as it is."""
+    if not math.isfinite(loss):
+        return average
+    return loss if average is None else 0.98 * average + 0.02 * loss
+
+
+@contextmanager
+def stop_on_signals(trainer: Trainer) -> Iterator[None]:
+    """Lets SIGINT (Ctrl-C) and SIGTERM end training after the step that is under way, with a checkpoint."""
+
+    def stop(number: int, _: object) -> None:
+        trainer.request_stop(signal.Signals(number))
+
+    if threading.current_thread() is not threading.main_thread():  # the only one that may handle signals
+        yield
+        return
+    before = {kind: signal.signal(kind, stop) for kind in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def draw_samples(trainer: Trainer, model: Model) -> Path:

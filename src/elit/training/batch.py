@@ -17,7 +17,7 @@ from elit.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
-class Draws:
+class TrainingDraws:
     """Times, noise and dropped labels of some samples.
 
     Attributes:
@@ -32,8 +32,9 @@ class Draws:
     dropped: Tensor
     active: int = 0
 
-    def take(self, index: slice | Tensor) -> "Draws":
-        return Draws(self.t[index], [noise[index] for noise in self.noise], self.dropped[index], self.active)
+    def take(self, index: slice | Tensor) -> "TrainingDraws":
+        """Returns the draws of some of the samples."""
+        return TrainingDraws(self.t[index], [noise[index] for noise in self.noise], self.dropped[index], self.active)
 
 
 def draw(
@@ -42,10 +43,10 @@ def draw(
     path: Path,
     seed: int,
     count: int,
-    mine: slice = slice(None),
+    own: slice = slice(None),
     device: torch.device | str = "cpu",
-) -> tuple[Draws, Tensor]:
-    """Draws what a batch of ``count`` samples needs, and returns the part ``mine`` of it and the times of all samples.
+) -> tuple[TrainingDraws, Tensor]:
+    """Draws what a batch of ``count`` samples needs, and returns the part ``own`` of it and the times of all samples.
 
     Every sample has noise of its own, so that a process draws that of its own samples alone.
     """
@@ -57,42 +58,54 @@ def draw(
         t, active = config.times.draw(count, path, rng), 0
         shapes = [model.input_shape()]
     dropped = uniform(rng, count) < config.label_dropout
-    samples = range(count)[mine]
+    samples = range(count)[own]
     noise = [
         normals([(seed, "noise", stage, sample) for sample in samples], shape, device)
         for stage, shape in enumerate(shapes)
     ]
-    return Draws(t[mine].to(device), noise, dropped[mine].to(device), active), t
+    return TrainingDraws(t[own].to(device), noise, dropped[own].to(device), active), t
 
 
 def share(count: int, process: int, processes: int) -> slice:
-    """The part of a global batch that a process takes; parts differ by one sample at most."""
+    """Returns the slice of a global batch that a process takes; slices differ in length by one sample at most."""
     return slice(count * process // processes, count * (process + 1) // processes)
 
 
-class Part(NamedTuple):
-    """A micro-batch: samples of one level, at places in the process's share of the batch."""
+class MicroBatch(NamedTuple):
+    """Samples of one level that are one forward and backward.
+
+    Attributes:
+        level: J~ of all of them.
+        indices: (B,) where they stand in the process's share of the batch.
+        weight: of their losses; 0 where they only keep this process in step with the others.
+    """
 
     level: int
-    places: Tensor
+    indices: Tensor
     weight: float = 1.0
 
 
-def micro_batches(levels: list[int], largest: int | None) -> list[Part]:
+def micro_batches(levels: list[int], largest: int | None) -> list[MicroBatch]:
     """Cuts samples of some levels into batches of one level each, of at most ``largest`` samples."""
-    parts = []
+    batches = []
     for level in sorted(set(levels)):
         same = torch.tensor([i for i, of_sample in enumerate(levels) if of_sample == level])
-        parts += [Part(level, places) for places in same.split(largest or len(levels))]
-    return parts
+        batches += [MicroBatch(level, indices) for indices in same.split(largest or len(levels))]
+    return batches
 
 
-def as_many_for_all(parts: list[Part], levels: list[int], largest: int | None, processes: int) -> list[Part]:
-    """A process's micro-batches, as many as the process with most of them has.
+def pad_micro_batches(
+    batches: list[MicroBatch], levels: list[int], largest: int | None, processes: int
+) -> list[MicroBatch]:
+    """Gives a process as many micro-batches as the process with most of them has.
 
     Gathering sharded weights takes all processes: one that has nothing left joins with a sample that weighs nothing.
+
+    Args:
+        batches: of this process.
+        levels: of the global batch.
     """
     shares = (levels[share(len(levels), process, processes)] for process in range(processes))
     most = max(len(micro_batches(of_process, largest)) for of_process in shares)
-    idle = Part(parts[-1].level, parts[-1].places[:1], weight=0.0)
-    return parts + [idle] * (most - len(parts))
+    idle = MicroBatch(batches[-1].level, batches[-1].indices[:1], weight=0.0)
+    return batches + [idle] * (most - len(batches))

@@ -141,6 +141,8 @@ class TrainConfig:
         parallel: of several processes. ddp: each holds everything. fsdp (FSDP2): each holds its share of weights,
             average, gradients and optimizer state, and a block is whole only while it computes.
         precision: auto is bf16 on a GPU and fp32 elsewhere. Weights and optimizer state are fp32 always.
+        deterministic: on a GPU use only algorithms that give the same bits every time, which are slower; a run on a
+            processor is bit-identical anyway.
         compile: compile the blocks: one compilation for all blocks and budgets.
         checkpoint_activations: keep the inputs of blocks only and compute the rest again: less memory, a third more
             FLOPs.
@@ -149,6 +151,7 @@ class TrainConfig:
         log_every: steps between lines of the log.
         checkpoint_every: steps between checkpoints; the last step always makes one.
         keep_checkpoints: older ones are removed.
+        snapshot_every: steps between snapshots of the averaged weights, which are all kept; 0 is none.
         max_skipped: steps without a finite loss, in a row, that stop the run.
     """
 
@@ -172,6 +175,7 @@ class TrainConfig:
     ema_decay: float = 0.9999
     parallel: Literal["ddp", "fsdp"] = "ddp"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    deterministic: bool = False
     compile: bool = False
     checkpoint_activations: bool = False
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -179,4 +183,5 @@ class TrainConfig:
     log_every: int = 50
     checkpoint_every: int = 5_000
     keep_checkpoints: int = 2
+    snapshot_every: int = 0
     max_skipped: int = 10

@@ -10,7 +10,7 @@ from elit.conditions import Condition
 from elit.flow import flow_of
 from elit.flow.paths import Path
 from elit.models import Model, Transformer
-from elit.training.batch import Draws
+from elit.training.batch import TrainingDraws
 
 
 class Objective(nn.Module):
@@ -31,7 +31,7 @@ class Objective(nn.Module):
         self.depth = depth
 
     def forward(
-        self, x: Tensor, y: Condition | None, draws: Draws, budget: float | None, features: Tensor | None = None
+        self, x: Tensor, y: Condition | None, draws: TrainingDraws, budget: float | None, features: Tensor | None = None
     ) -> Tensor:
         """Losses (1, B) of flow matching; with alignment (2, B), the negative mean cosine similarity below it.
 
@@ -55,7 +55,7 @@ class Objective(nn.Module):
         similarity = F.cosine_similarity(self.projector(hidden[0]).float(), features.float(), dim=-1)  # (B, N)
         return torch.stack((flow, -similarity.mean(1)))
 
-    def flow_loss(self, x: Tensor, y: Condition | None, draws: Draws, budget: float | None) -> Tensor:
+    def flow_loss(self, x: Tensor, y: Condition | None, draws: TrainingDraws, budget: float | None) -> Tensor:
         """(B,)."""
         velocity = partial(self.model, y=y, budget=budget)
         return flow_of(self.model, self.path).loss(velocity, x, draws.t, draws.noise, draws.active)

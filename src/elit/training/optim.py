@@ -1,6 +1,8 @@
 """Optimizers, learning-rate schedule and the moving average of the weights."""
 
 import math
+from collections.abc import Mapping, MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,35 +11,68 @@ from torch.optim.swa_utils import AveragedModel
 
 from elit.models import Model
 from elit.training.config import OptimizerConfig
+from elit.training.parallelize import named_parameters
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
+FUSED = {"qkv": 3, "kv": 2, "text_kv": 2}
+"""How many matrices (queries, keys, values) stand above each other in the weight of a linear layer of some name."""
+
+
+class SplitMuon(Muon):
+    """Muon that orthogonalizes queries, keys and values of a fused weight one by one, as separate layers would be.
+
+    Args:
+        parameters: matrices.
+        parts: of each, how many matrices of equal size stand above each other in it.
+        options: of :class:`torch.optim.Muon`.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], parts: list[int], **options: float | str) -> None:
+        super().__init__(parameters, **options)  # type: ignore[arg-type]
+        self.parts = dict(zip(parameters, parts, strict=True))
+
+    def _init_group(
+        self,
+        group: MutableMapping[str, Any],
+        params_with_grad: list[Tensor],
+        grads: list[Tensor],
+        muon_momentum_bufs: list[Tensor],
+    ) -> bool:
+        """Hands the update, which is in place, the parts of each matrix instead of the whole."""
+        whole: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        has_complex = super()._init_group(group, *whole)
+        for parameter, *others in zip(*whole, strict=True):
+            into = (params_with_grad, grads, muon_momentum_bufs)
+            for tensors, tensor in zip(into, (parameter.detach(), *others), strict=True):
+                tensors += tensor.chunk(self.parts[parameter])  # type: ignore[index]
+        return has_complex
+
 
 def named_groups(model: Model, config: OptimizerConfig) -> dict[str, list[str]]:
-    """Names of the trainable parameters of each optimizer: ``muon`` (where chosen) and ``adamw``."""
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    """Lists the names of the trainable parameters of each optimizer: ``muon`` (where chosen) and ``adamw``."""
+    names = [name for name, p in named_parameters(model) if p.requires_grad]
     if config.name == "adamw":
         return {"adamw": names}
-    matrices = {
-        f"{owner}.{name}"
-        for owner, part in model.named_modules()
-        if isinstance(part, nn.Linear) and owner.startswith(("blocks.", "interface."))
-        for name in ("weight",)
+    linear = {id(part.weight) for part in model.modules() if isinstance(part, nn.Linear)}
+    inside = {
+        name for name, p in named_parameters(model) if id(p) in linear and name.startswith(("blocks.", "interface."))
     }
-    return {"muon": [n for n in names if n in matrices], "adamw": [n for n in names if n not in matrices]}
+    return {"muon": [n for n in names if n in inside], "adamw": [n for n in names if n not in inside]}
 
 
 def make_optimizers(
-    parameters: dict[str, nn.Parameter], names: dict[str, list[str]], config: OptimizerConfig
+    parameters: Mapping[str, nn.Parameter], names: Mapping[str, list[str]], config: OptimizerConfig
 ) -> dict[str, Optimizer]:
-    """One optimizer for each list of names, such as :func:`named_groups` gives."""
+    """Makes one optimizer for each list of names, such as :func:`named_groups` gives."""
     groups = {kind: [parameters[name] for name in of_kind] for kind, of_kind in names.items()}
     optimizers: dict[str, Optimizer] = {
         "adamw": AdamW(groups["adamw"], lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
     }
     if "muon" in groups:
-        optimizers["muon"] = Muon(
+        optimizers["muon"] = SplitMuon(
             groups["muon"],
+            [FUSED.get(name.split(".")[-2], 1) for name in names["muon"]],
             lr=config.muon_lr,
             weight_decay=config.weight_decay,
             momentum=config.muon_momentum,
@@ -48,7 +83,7 @@ def make_optimizers(
 
 
 def lr_factor(config: OptimizerConfig, step: int, steps: int) -> float:
-    """What multiplies the learning rates at a step: linear warm-up, then constant or a decay to zero."""
+    """Returns what multiplies the learning rates at a step: linear warm-up, then constant or a decay to zero."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
     start = config.decay_from * steps
     done = min(1.0, max(0.0, (step - start) / max(1.0, steps - start)))
@@ -56,7 +91,8 @@ def lr_factor(config: OptimizerConfig, step: int, steps: int) -> float:
     return warmup * decay
 
 
-def set_lr(optimizers: dict[str, Optimizer], config: OptimizerConfig, factor: float) -> None:
+def set_lr(optimizers: Mapping[str, Optimizer], config: OptimizerConfig, factor: float) -> None:
+    """Sets the learning rate of each optimizer to a multiple of the configured one."""
     base = {"adamw": config.lr, "muon": config.muon_lr}
     for kind, optimizer in optimizers.items():
         for group in optimizer.param_groups:
@@ -64,7 +100,7 @@ def set_lr(optimizers: dict[str, Optimizer], config: OptimizerConfig, factor: fl
 
 
 def make_ema(model: Model, decay: float) -> AveragedModel:
-    """A moving average with decay min(decay, (1 + i) / (10 + i)) after i updates."""
+    """Makes a moving average of a model with decay min(decay, (1 + i) / (10 + i)) after i updates."""
 
     @torch.no_grad()
     def update(average: Tensors, current: Tensors, count: Tensor | int) -> None:

@@ -19,8 +19,8 @@ from elit.training.config import RepaConfig
 HIDDEN = 2048  # of the projector, the paper's
 
 
-class Features:
-    """Patch features (B, N, F) of clean images, one for each spatial token.
+class AlignmentFeatures:
+    """Computes patch features (B, N, F) of clean images, one for each spatial token.
 
     Images are resized so that a patch of the encoder is a token: 224 px for 16 x 16 tokens and patches of 14 pixels,
     448 px for 32 x 32, as in the paper.

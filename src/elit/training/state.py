@@ -8,19 +8,22 @@
       speed.jsonl                    how fast it was, likewise
       samples/                       grids, where asked for
       tensorboard/
-      checkpoints/step-00001000/     whole or absent
+      checkpoints/step-00001000/     whole or absent; the last few are kept
         config.json                  the model, and
         model.safetensors            its averaged weights: the folder loads as it is
         training.safetensors         raw weights (raw.*), optimizer state (adamw.*, muon.*), the projector (repa.*)
         training.json                step, samples seen, scale of fp16, versions, commit
+      snapshots/step-00001000/       whole or absent; all are kept
+        config.json, model.safetensors
 
 All randomness of training is a function of (seed, step), so this is all there is to restore.
 """
 
 import fcntl
 import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,13 +46,14 @@ from elit.models.files import (
     save_model,
     write_tensors,
 )
-from elit.training.config import TrainConfig
-from elit.training.sharding import like, whole
+from elit.training.config import OptimizerConfig, TrainConfig
+from elit.training.optim import lr_factor
+from elit.training.parallelize import gather_full_tensors, shard_like
 
 RECORD = "training.json"
-GROWING = {
-    *("out", "resume", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "validation"),
-    *("trackers", "micro_batch_size", "parallel", "compile", "checkpoint_activations"),
+MUTABLE_ON_RESUME = {
+    *("out", "resume", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "snapshot_every", "max_skipped"),
+    *("validation", "trackers", "micro_batch_size", "parallel", "compile", "checkpoint_activations", "deterministic"),
 }
 """Settings that a continued run may change."""
 
@@ -73,7 +77,7 @@ class Trained:
     names: dict[str, list[str]]
 
     def tensors(self) -> dict[str, Tensor]:
-        """All but the average, by their names in ``training.safetensors``."""
+        """Collects all tensors but the average, by their names in ``training.safetensors``."""
         found = {f"raw.{k}": v for k, v in self.model.state_dict().items()}
         found |= {} if self.projector is None else {f"repa.{k}": v for k, v in self.projector.state_dict().items()}
         for kind, optimizer in self.optimizers.items():
@@ -82,36 +86,39 @@ class Trained:
 
 
 def optimizer_tensors(kind: str, optimizer: Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """State of an optimizer under names ``kind.PARAMETER.KEY``."""
+    """Collects the state of an optimizer under names ``kind.PARAMETER.KEY``."""
     state = optimizer.state_dict()["state"]
     return {f"{kind}.{names[i]}.{key}": value for i, entry in state.items() for key, value in entry.items()}
 
 
 def restore_optimizer(kind: str, optimizer: Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
-    """The inverse of :func:`optimizer_tensors`, from whole tensors."""
+    """Loads full tensors, as :func:`optimizer_tensors` names them, into the state of an optimizer."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for i, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
         entry = _under(f"{kind}.{name}.", tensors)
         # "a.weight" also begins "a.weight.b"; a key of optimizer state has no dot
-        state[i] = {k: like(v, parameter) for k, v in entry.items() if "." not in k}
+        state[i] = {k: shard_like(v, parameter) for k, v in entry.items() if "." not in k}
     filled = {i: entry for i, entry in state.items() if entry}
     optimizer.load_state_dict({"state": filled, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def restore_module(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Weights of a module, which may be in shards, from whole tensors.
+    """Loads full tensors into a module, which may be in shards.
 
     Raises:
         ElitError: they do not fit.
     """
     wanted = module.state_dict()
     check_fit(wanted, tensors, source)
-    module.load_state_dict({k: like(v, wanted[k]) for k, v in tensors.items()})
+    module.load_state_dict({k: shard_like(v, wanted[k]) for k, v in tensors.items()})
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 
 def save_checkpoint(run: Path, step: int, trained: Trained, extra: dict[str, Any], keep: int, main: bool) -> None:
@@ -124,8 +131,9 @@ def save_checkpoint(run: Path, step: int, trained: Trained, extra: dict[str, Any
     """
     averaged = trained.ema.module
     assert isinstance(averaged, Model)
-    weights, tensors = whole(averaged.state_dict(), keep=main), whole(trained.tensors(), keep=main)
-    target = run / "checkpoints" / f"step-{step:08d}"
+    weights = gather_full_tensors(averaged.state_dict(), keep=main)
+    tensors = gather_full_tensors(trained.tensors(), keep=main)
+    target = run / "checkpoints" / name_of(step)
     if not main or target.exists():
         return
     record = {"step": step, "averaged": int(trained.ema.n_averaged), **extra}
@@ -142,22 +150,59 @@ def save_checkpoint(run: Path, step: int, trained: Trained, extra: dict[str, Any
         shutil.rmtree(old)
 
 
-def restore_checkpoint(folder: Path, trained: Trained) -> dict[str, Any]:
-    """Restores everything from a checkpoint, bit for bit, and returns its record (``step``, ...).
+def save_snapshot(run: Path, step: int, trained: Trained, main: bool) -> None:
+    """Writes the averaged weights of a step alone, a quarter of a checkpoint, into ``snapshots``, where they stay.
+
+    All processes call it; the main one writes.
 
     Raises:
-        ElitError: a file is missing or damaged, or belongs to another model.
+        ElitError: the disk is full or the folder cannot be written.
+    """
+    averaged = trained.ema.module
+    assert isinstance(averaged, Model)
+    weights = gather_full_tensors(averaged.state_dict(), keep=main)
+    target = run / "snapshots" / name_of(step)
+    if main and not target.exists():
+        with atomic_folder(target) as folder:
+            save_model(averaged, folder, weights)
+
+
+def drop_snapshots(run: Path, step: int) -> None:
+    """Removes snapshots of later steps: training writes them again."""
+    for folder in run.glob("snapshots/step-*"):
+        if folder.name > name_of(step):
+            shutil.rmtree(folder)
+
+
+def name_of(step: int) -> str:
+    """Returns the name of the folder of a step."""
+    return f"step-{step:08d}"
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Reads what a checkpoint says of itself (``step``, ...).
+
+    Raises:
+        ElitError: it is missing or damaged.
     """
     try:
-        record = json.loads((folder / RECORD).read_text())
+        return json.loads((folder / RECORD).read_text())
     except (OSError, ValueError) as error:
         raise ElitError(
             f"{folder / RECORD} is missing or damaged; remove {folder} to go back one checkpoint"
         ) from error
+
+
+def restore_checkpoint(folder: Path, trained: Trained) -> None:
+    """Restores all tensors from a checkpoint, bit for bit.
+
+    Raises:
+        ElitError: a file is missing or damaged, or belongs to another model.
+    """
     tensors = read_tensors(folder / TRAINING)
     restore_module(trained.model, _under("raw.", tensors), folder / TRAINING)
     restore_module(trained.ema.module, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
-    trained.ema.n_averaged.fill_(record["averaged"])
+    trained.ema.n_averaged.fill_(read_record(folder)["averaged"])
     if trained.projector is not None:
         projector = _under("repa.", tensors)
         if not projector:
@@ -165,7 +210,6 @@ def restore_checkpoint(folder: Path, trained: Trained) -> dict[str, Any]:
         restore_module(trained.projector, projector, folder / TRAINING)
     for kind, optimizer in trained.optimizers.items():
         restore_optimizer(kind, optimizer, trained.names[kind], tensors)
-    return record
 
 
 # ------------------------------------------------------------------------------------------------ the run directory
@@ -175,22 +219,54 @@ def write_or_compare_config(run: Path, config: TrainConfig) -> None:
     """Stores a run's configuration, or checks that a run to be continued has the same.
 
     Raises:
-        ElitError: the run was started with another setting.
+        ElitError: the run was started with another setting, or its learning rate would jump.
     """
     import yaml
 
     settings, defaults = (json.loads(json.dumps(asdict(c))) for c in (config, TrainConfig()))  # as in YAML: no tuples
     path = run / "config.yaml"
-    if path.exists() and checkpoints(run):
-        before = defaults | (yaml.safe_load(path.read_text()) or {})  # a setting that came later had its default
-        for key in sorted(settings.keys() - GROWING):
+    checkpoint = latest(run)
+    if path.exists() and checkpoint is not None:
+        # A setting that came with a later version of the library had its default.
+        before = with_defaults(yaml.safe_load(path.read_text()) or {}, defaults)
+        for key in sorted(settings.keys() - MUTABLE_ON_RESUME):
             if before[key] != settings[key]:
                 raise ElitError(
                     f"{run} was started with {key} = {before[key]!r}, not {settings[key]!r}; "
                     "continue it with the same settings or choose another out"
                 )
+        _check_schedule(config.optimizer, read_record(checkpoint)["step"], before["steps"], config.steps, checkpoint)
     with atomic_file(path) as temporary:
         temporary.write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def with_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the defaults that are missing to settings, at every depth."""
+    merged = {**defaults, **settings}
+    for key, default in defaults.items():
+        if isinstance(default, Mapping) and isinstance(merged[key], Mapping):
+            merged[key] = with_defaults(merged[key], default)
+    return merged
+
+
+def _check_schedule(config: OptimizerConfig, step: int, before: int, steps: int, checkpoint: Path) -> None:
+    """Raises:
+    ElitError: with another number of steps, the decay has brought the learning rate somewhere else by now.
+    """
+    was, would_be = lr_factor(config, step, before), lr_factor(config, step, steps)
+    if was != would_be:
+        raise ElitError(
+            f"steps is {steps} and was {before}: the learning rate, which decays over all steps, would jump from "
+            f"{was:.3g} to {would_be:.3g} of its peak at step {step}; keep steps, or give another out and --resume "
+            f"{checkpoint}"
+        )
+
+
+def append_json_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Appends values to a log; a number that is not finite is null there, for JSON has no NaN."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    with path.open("a") as log:
+        log.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
 def truncate_log(path: Path, step: int) -> None:
@@ -205,7 +281,7 @@ def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except ValueError:  # cut short by a kill
-        return float("inf")
+        return math.inf
 
 
 @contextmanager
@@ -228,8 +304,9 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def to_continue(run: Path, resume: str | None) -> Path | None:
-    """The checkpoint that training starts from: the run's own latest, else that of ``resume`` (a run or a checkpoint).
+def checkpoint_to_resume(run: Path, resume: str | None) -> Path | None:
+    """Finds the checkpoint that training starts from: the run's own latest, else that of ``resume`` (a run or a
+    checkpoint).
 
     Raises:
         ElitError: ``resume`` is neither, or an earlier checkpoint of this very run.
@@ -247,6 +324,6 @@ def to_continue(run: Path, resume: str | None) -> Path | None:
 
 
 def latest(run: Path) -> Path | None:
-    """The last whole checkpoint of a run."""
+    """Finds the last whole checkpoint of a run."""
     found = [folder for folder in checkpoints(run) if (folder / CONFIG).exists()]
     return found[-1] if found else None

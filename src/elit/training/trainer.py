@@ -3,44 +3,50 @@
 Everything random in a step (data order, noise, times, dropped labels, budget) is a function of (seed, step) and of the
 place in the global batch. A run that is killed therefore goes on from its last checkpoint to the very bits that it
 would have reached, and processes agree without talking: what they exchange are gradients, losses and whether to stop.
+
+Accelerate finds the processes and their devices from any launcher, wraps for DDP, reduces and holds the trackers.
+Precision, sharding and batching are ours, for they belong to a trainer, and accelerate's are settings of a process.
 """
 
 import importlib.util
-import json
 import math
 import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from elit.conditions import Condition, map_condition
-from elit.data import Captioned, Data, open_data, sample_indices
+from elit.data import Data, open_data, sample_indices
 from elit.errors import ElitError
 from elit.flow import path_named
 from elit.launch import default_device
-from elit.models import MMDiT, MMDiTConfig, Model, Transformer, config_for, create
-from elit.seeding import derive_seed, torch_seeded
+from elit.models import Model, Transformer
+from elit.seeding import derive_seed
 from elit.training import state
-from elit.training.batch import Draws, as_many_for_all, draw, micro_batches, share
+from elit.training.batch import TrainingDraws, draw, micro_batches, pad_micro_batches, share
 from elit.training.budgets import scaled_batch_size, training_levels
+from elit.training.build import build_model
 from elit.training.config import TrainConfig
+from elit.training.deterministic import deterministic_algorithms, require_deterministic_matmul
 from elit.training.objective import Objective
 from elit.training.optim import lr_factor, make_ema, make_optimizers, named_groups, set_lr
+from elit.training.parallelize import (
+    apply_activation_checkpointing,
+    apply_compile,
+    apply_fsdp,
+    gather_full_tensors,
+    named_parameters,
+)
 from elit.training.provenance import provenance
-from elit.training.repa import Features, check_alignment, make_projector
-from elit.training.sharding import shard, whole
+from elit.training.repa import AlignmentFeatures, check_alignment, make_projector
 from elit.training.speed import Speed, Speedometer, peak_flops
 from elit.training.validation import Validation
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StepReport(NamedTuple):
@@ -67,42 +73,12 @@ class StepReport(NamedTuple):
     alignment: float | None = None
 
 
-def build_model(config: TrainConfig, data: Data) -> Model:
-    """A new model that fits the data, with weights from the seed, and with the empty prompt of captions.
-
-    Raises:
-        ElitError: a name or field that does not exist, or sizes that do not fit.
-    """
-    channels, *size = data.shape
-    fitted: dict[str, Any] = {"in_channels": channels, "num_classes": data.num_classes, "input_size": tuple(size)}
-    if config.elit.group_size is not None:
-        if "group_size" in config.model.fields:
-            raise ElitError("group_size is given twice, in elit and in model.fields; leave one out")
-        fitted["group_size"] = config.elit.group_size
-    empty = None
-    if isinstance(data, Captioned):
-        if not isinstance(config_for(config.model.name), MMDiTConfig):
-            raise ElitError(
-                f"the data have captions; take a model of text like ELIT-MMDiT-B/2, not {config.model.name}"
-            )
-        empty = data.encode([""])
-        fitted |= {"text_width": empty.tokens.shape[2], "empty_length": int(empty.mask.sum())}
-    with torch_seeded(config.seed, "weights"):
-        try:
-            model = create(config.model.name, **(fitted | config.model.fields))
-        except ElitError as error:
-            if config.elit.group_size is not None and "group size" in str(error):
-                raise ElitError(f"elit.group_size: {error}") from error
-            raise
-    if isinstance(model, MMDiT) and empty is not None:
-        model.set_empty_prompt(empty)
-    return model
-
-
 class Trainer:
     """Trains a model as a configuration says, continuing the run directory's last checkpoint.
 
-    ``for report in trainer: ...`` does one step per turn; leaving the loop early leaves a run that can be continued.
+    ``for report in trainer: ...`` does one step per turn. Leaving the loop early leaves a run that can be continued: by
+    another trainer from its last checkpoint, or by iterating this one again from where it is.
+
     Under ``accelerate launch`` or ``torchrun`` every process does the same with its share of each batch, and the main
     one alone writes; they need to see the same run directory.
 
@@ -117,7 +93,8 @@ class Trainer:
         step: number of steps done.
         levels: the numbers of latents that training uses.
         last_speed: images per second and FLOP utilisation up to the last line of the log.
-        stopped_by: the signal that ended training before its last step, in this process or another; None without.
+        stopped_by: the signal for which a stop was requested, in this process or another; None where training was not
+            stopped.
 
     Raises:
         ElitError: a setting that does not fit, or a run directory that cannot be used.
@@ -127,7 +104,9 @@ class Trainer:
         check(config)
         self.config = config
         self.run = Path(config.out)
-        state.to_continue(self.run, config.resume)  # a wrong path is told before anything is built
+        state.checkpoint_to_resume(self.run, config.resume)  # a wrong path is told before anything is built
+        if config.deterministic:
+            require_deterministic_matmul()
         if data is None:
             data = open_data(config.data, text_encoder=config.text_encoder, flips=config.flips)
         self.data = data
@@ -141,55 +120,47 @@ class Trainer:
         self.features = self._features()
         self.objective = self._objective()
         self.sharded = config.parallel == "fsdp" and self.accelerator.num_processes > 1
-        if self.sharded:
-            self._shard()
+        self.network = self._parallelize()
         self.trained = self._trained()
         self.half = half_precision(config)
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.half == torch.float16)
         peak = peak_flops(self.accelerator.device) if self.half else None
         self.speedometer = Speedometer(self.model, peak and peak * self.accelerator.num_processes)
         self.last_speed: Speed | None = None
-        self._batch_sizes: dict[int, int] = {}  # by level, where they are scaled
         self.provenance = provenance()
+        self._batch_sizes: dict[int, int] = {}  # by level, where they are scaled
         self.step = 0
         self.seen = 0  # samples, over all steps
         self.skipped = 0
         self.stopped_by: signal.Signals | None = None
-        self._told = dict.fromkeys(STOPPING, False)  # signals here, of which all processes hear at the next step
+        self._stop_requests = dict.fromkeys(STOP_SIGNALS, False)
 
     def __iter__(self) -> Iterator[StepReport]:
-        with ExitStack() as stack:
+        with state.locked(self.run) if self.is_main else nullcontext():
             if self.is_main:
-                stack.enter_context(state.locked(self.run))
                 state.write_or_compare_config(self.run, self.config)
-            stack.enter_context(_stop_on_signals(self))
             self.accelerator.wait_for_everyone()
             self._resume()
-            network = self._wrap()
             self._start_log()
-            skipped_in_a_row = 0
-            while self.step < self.config.steps and not self.interrupted:
-                report = self._train_step(network)
-                skipped_in_a_row = skipped_in_a_row + 1 if report.skipped > self.skipped else 0
-                self.skipped = report.skipped
-                if skipped_in_a_row >= self.config.max_skipped:
-                    raise ElitError(
-                        f"the loss was not finite for {skipped_in_a_row} steps in a row, up to step {self.step}; "
-                        f"lower the learning rate and continue from {state.latest(self.run)}"
-                    )
-                self._log(report)
-                if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
-                    self.save()
-                yield report
-            if self.interrupted:
-                self.save()
-            self.accelerator.wait_for_everyone()  # what the main process writes is there when any of them returns
-            self.accelerator.end_training()
+            try:
+                yield from self._steps()
+            finally:
+                for tracker in self.accelerator.trackers:
+                    tracker.finish()
 
     def run_to_end(self) -> None:
-        """All steps, without looking at them."""
+        """Trains to the last step."""
         for _ in self:
             pass
+
+    def request_stop(self, reason: signal.Signals = signal.SIGINT) -> None:
+        """Ends training after the step that is under way, with a checkpoint. One process is enough to ask: all of them
+        hear of it at the same step.
+
+        Args:
+            reason: SIGINT or SIGTERM; it becomes :attr:`stopped_by`.
+        """
+        self._stop_requests[reason] = True
 
     @property
     def is_main(self) -> bool:
@@ -198,7 +169,7 @@ class Trainer:
 
     @property
     def interrupted(self) -> bool:
-        """Whether a signal (Ctrl-C, SIGTERM) ended training before its last step."""
+        """Whether a request to stop ended training before its last step."""
         return self.stopped_by is not None
 
     def save(self) -> None:
@@ -212,41 +183,53 @@ class Trainer:
         state.save_checkpoint(self.run, self.step, self.trained, record, self.config.keep_checkpoints, self.is_main)
 
     def averaged(self) -> Model:
-        """The moving average as one whole model; where it is in shards, all processes call this, for a copy."""
+        """Returns the moving average as one whole model; where it is in shards, all processes call this, for a copy."""
         average = self.ema.module
         assert isinstance(average, Model)
         if not self.sharded:
             return average
         copy = type(average)(average.config)
-        copy.load_state_dict(whole(average.state_dict()))
+        copy.load_state_dict(gather_full_tensors(average.state_dict()))
         return copy.to(self.accelerator.device)
 
     # -------------------------------------------------------------------------------------------- one step
 
-    def _train_step(self, network: nn.Module) -> StepReport:
+    def _steps(self) -> Iterator[StepReport]:
+        """Takes steps, and writes what is due after each."""
+        self.stopped_by = None
+        skipped_in_a_row = 0
+        while self.step < self.config.steps and not self.interrupted:
+            with deterministic_algorithms(self.config.deterministic):
+                report = self._train_step()
+            skipped_in_a_row = skipped_in_a_row + 1 if report.skipped > self.skipped else 0
+            self.skipped = report.skipped
+            if skipped_in_a_row >= self.config.max_skipped:
+                raise ElitError(self._diverged(skipped_in_a_row))
+            self._log(report)
+            self._save_where_due()
+            yield report
+        if self.interrupted:
+            self.save()
+            self._stop_requests = dict.fromkeys(STOP_SIGNALS, False)
+        self.accelerator.wait_for_everyone()  # what the main process writes is there when any of them returns
+
+    def _train_step(self) -> StepReport:
         config, step, processes = self.config, self.step, self.accelerator.num_processes
         level = self.levels.draw(config.seed, step)
         count = self._batch_size(level)
-        mine = share(count, self.accelerator.process_index, processes)
-        indices = sample_indices(config.seed, self.seen, count, len(self.data))[mine]
+        own = share(count, self.accelerator.process_index, processes)
+        indices = sample_indices(config.seed, self.seen, count, len(self.data))[own]
         seed = derive_seed(config.seed, "step", step)
-        draws, times = draw(config, self.model, self.path, seed, count, mine, self.accelerator.device)
+        draws, times = draw(config, self.model, self.path, seed, count, own, self.accelerator.device)
         levels = self._levels(times, level)
 
         factor = lr_factor(config.optimizer, step, config.steps)
         set_lr(self.trained.optimizers, config.optimizer, factor)
-        parts = micro_batches(levels[mine], config.micro_batch_size)
+        batches = micro_batches(levels[own], config.micro_batch_size)
         if self.sharded:
-            parts = as_many_for_all(parts, levels, config.micro_batch_size, processes)
-        total = torch.zeros(1 if self.features is None else 2, device=self.accelerator.device)
-        for i, part in enumerate(parts):
-            with self._sync(network, last=i == len(parts) - 1):
-                of_part = draws.take(part.places.to(total.device))
-                terms = self._losses(network, indices[part.places], of_part, part.level).sum(1) * part.weight / count
-                loss = terms[0] + config.repa.coefficient * terms[1:].sum()
-                self.scaler.scale(loss * processes).backward()  # gradients of processes are averaged
-            total += terms.detach()
-        mean_loss, *alignment = self._agree(total)
+            batches = pad_micro_batches(batches, levels, config.micro_batch_size, processes)
+        total = self._backward(batches, indices, draws, count)
+        mean_loss, *alignment = self._all_reduce_losses_and_stop_requests(total)
         norm = self._update(math.isfinite(mean_loss))
         skipped = self.skipped + (not (math.isfinite(mean_loss) and math.isfinite(norm)))
         self.step, self.seen = step + 1, self.seen + count
@@ -256,8 +239,27 @@ class Trainer:
         lr = config.optimizer.lr * factor
         return StepReport(step + 1, mean_loss, norm, lr, mean_level, count, skipped, *(-v for v in alignment))
 
+    def _backward(self, batches: list[Any], indices: Tensor, draws: TrainingDraws, count: int) -> Tensor:
+        """Accumulates gradients of micro-batches: this process's part of the mean losses, (1,) or with alignment (2,).
+
+        Args:
+            indices, draws: of this process's share of the batch.
+            count: samples of the whole batch.
+        """
+        total = torch.zeros(1 if self.features is None else 2, device=self.accelerator.device)
+        for i, batch in enumerate(batches):
+            with self._gradient_sync(last=i == len(batches) - 1):
+                of_batch = draws.take(batch.indices.to(total.device))
+                losses = self._losses(indices[batch.indices], of_batch, batch.level)
+                terms = losses.sum(1) * batch.weight / count
+                loss = terms[0] + self.config.repa.coefficient * terms[1:].sum()
+                # Gradients of processes are averaged, and their losses add up.
+                self.scaler.scale(loss * self.accelerator.num_processes).backward()
+            total += terms.detach()
+        return total
+
     def _batch_size(self, level: int) -> int:
-        """Samples of a step at a level, over all processes."""
+        """Returns the number of samples of a step at a level, over all processes."""
         if self.config.elit.batching == "constant" or not level:
             return self.config.batch_size
         if level not in self._batch_sizes:
@@ -265,48 +267,49 @@ class Trainer:
         return self._batch_sizes[level]
 
     def _levels(self, t: Tensor, level: int) -> list[int]:
-        """J~ of every sample: the step's, or by the sample's own noise level."""
+        """Returns J~ of every sample: the step's, or by the sample's own noise level."""
         by_noise = self.config.elit.by_noise
         return [level] * len(t) if by_noise is None else [self.model.level(by_noise(time)) for time in t.tolist()]
 
-    def _sync(self, network: Any, last: bool) -> AbstractContextManager[None]:
+    def _gradient_sync(self, last: bool) -> AbstractContextManager[None]:
         """Within it, gradients of processes are averaged after the last micro-batch only."""
+        network: Any = self.network
         if self.sharded:
             network.set_requires_gradient_sync(last)
             return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(network)
 
-    def _losses(self, network: nn.Module, indices: Tensor, draws: Draws, level: int) -> Tensor:
-        """Losses of each sample of a micro-batch: (1, B), and with alignment (2, B)."""
+    def _losses(self, indices: Tensor, draws: TrainingDraws, level: int) -> Tensor:
+        """Computes the losses of each sample of a micro-batch: (1, B), and with alignment (2, B)."""
         x, y = self._batch(indices)
         if y is not None:
             y = self.model.drop_condition(y, draws.dropped)
         budget = level / self.model.num_latents if level else None
         with torch.autocast(x.device.type, self.half, enabled=self.half is not None):
             features = None if self.features is None else self.features(indices, x)
-            return network(x, y, draws, budget, features)
+            return self.network(x, y, draws, budget, features)
 
     def _batch(self, indices: Tensor) -> tuple[Tensor, Condition | None]:
-        """Data (B, C, H, W) and labels (B,) at indices (B,); no labels for an unconditional model."""
+        """Reads data (B, C, H, W) and labels (B,) at indices (B,); no labels for an unconditional model."""
         x, y = self.data.batch(indices, derive_seed(self.config.seed, "data", self.step))
         device = self.accelerator.device
         return x.to(device), map_condition(lambda v: v.to(device), y) if self.model.conditional else None
 
-    def _agree(self, losses: Tensor) -> list[float]:
-        """The losses summed over processes, which also learn here whether one of them was told to stop."""
-        told = torch.cat((losses, losses.new_tensor([float(self._told[kind]) for kind in STOPPING])))
-        totals = self.accelerator.reduce(told, "sum").tolist()
-        signals = totals[len(losses) :]
-        self.stopped_by = next((kind for kind, count in zip(STOPPING, signals, strict=True) if count), None)
+    def _all_reduce_losses_and_stop_requests(self, losses: Tensor) -> list[float]:
+        """Sums the losses over processes, which also learn here whether one of them was asked to stop."""
+        requests = losses.new_tensor([float(self._stop_requests[reason]) for reason in STOP_SIGNALS])
+        totals = self.accelerator.reduce(torch.cat((losses, requests)), "sum").tolist()
+        asked = totals[len(losses) :]
+        self.stopped_by = next((reason for reason, n in zip(STOP_SIGNALS, asked, strict=True) if n), None)
         return totals[: len(losses)]
 
     def _update(self, finite: bool) -> float:
-        """A step of the optimizers and the average, unless loss or gradient are not finite: the gradient's norm."""
+        """Steps the optimizers and the average, unless loss or gradient are not finite; returns the gradient's norm."""
         optimizers = self.trained.optimizers.values()
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
-        of_all: Any = nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.optimizer.clip)
-        norm = float(of_all.full_tensor() if self.sharded else of_all)
+        total_norm: Any = nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.optimizer.clip)
+        norm = float(total_norm.full_tensor() if self.sharded else total_norm)
         if finite and math.isfinite(norm):
             for optimizer in optimizers:
                 self.scaler.step(optimizer)
@@ -315,15 +318,15 @@ class Trainer:
         self.objective.zero_grad()
         return norm
 
-    # -------------------------------------------------------------------------------------------- the run
+    # -------------------------------------------------------------------------------------------- what is trained
 
-    def _features(self) -> Features | None:
-        """What hidden tokens are aligned with, if with anything."""
+    def _features(self) -> AlignmentFeatures | None:
+        """Loads what hidden tokens are aligned with, if with anything."""
         repa = self.config.repa
         if repa.encoder is None:
             return None
         model = check_alignment(repa, self.model)
-        return Features(repa.encoder, model, self.data, self.accelerator.device)
+        return AlignmentFeatures(repa.encoder, model, self.data, self.accelerator.device)
 
     def _objective(self) -> Objective:
         if self.features is None:
@@ -332,36 +335,43 @@ class Trainer:
         projector = make_projector(self.model, self.features.width, self.config.seed).to(self.accelerator.device)
         return Objective(self.model, self.path, projector, repa.depth)
 
-    def _shard(self) -> None:
+    def _parallelize(self) -> nn.Module:
+        """Prepares blocks as the configuration says, and wraps the objective for several processes."""
+        assert isinstance(self.model, Transformer)
+        if self.config.checkpoint_activations:
+            apply_activation_checkpointing(self.model.blocks)
+        if self.config.compile:
+            # What a block gives is looked at from outside where it is aligned, so that one is not compiled.
+            aligned = self.config.repa.depth - 1 if self.features is not None else None
+            apply_compile(block for i, block in enumerate(self.model.blocks) if i != aligned)
+        if not self.sharded:
+            return self.accelerator.prepare(self.objective)
         for network, model in ((self.objective, self.model), (self.ema, self.ema.module)):
             assert isinstance(model, Transformer)
-            shard(network, model.blocks, self.accelerator.num_processes, self.accelerator.device)
+            apply_fsdp(network, model.blocks, self.accelerator.num_processes, self.accelerator.device)
+        return self.objective
 
     def _trained(self) -> state.Trained:
-        """With optimizers of the parameters as they are now, whole or in shards."""
+        """Makes the optimizers of the parameters as they are now, whole or in shards."""
         projector, names = self.objective.projector, named_groups(self.model, self.config.optimizer)
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(named_parameters(self.model))
         if projector is not None:
             more = {f"repa.{name}": parameter for name, parameter in projector.named_parameters()}
             parameters, names["adamw"] = parameters | more, names["adamw"] + list(more)
         optimizers = make_optimizers(parameters, names, self.config.optimizer)
         return state.Trained(self.model, self.ema, projector, optimizers, names)
 
-    def _wrap(self) -> nn.Module:
-        """What is trained: blocks prepared, and gradients averaged over processes."""
-        prepare_blocks(self.model, self.config)
-        if self.sharded:
-            return self.objective
-        # Buffers are tables of positions, the same everywhere: processes need not tell each other.
-        buffers = [name for name, _ in self.objective.named_buffers()]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.objective, buffers)
-        return self.accelerator.prepare(self.objective)
+    # -------------------------------------------------------------------------------------------- the run
 
     def _resume(self) -> None:
-        checkpoint = state.to_continue(self.run, self.config.resume)
+        """Restores the checkpoint to start from, unless this trainer is as far already: it was iterated before."""
+        checkpoint = state.checkpoint_to_resume(self.run, self.config.resume)
         if checkpoint is None:
             return
-        record = state.restore_checkpoint(checkpoint, self.trained)
+        record = state.read_record(checkpoint)
+        if record["step"] <= self.step:
+            return
+        state.restore_checkpoint(checkpoint, self.trained)
         self.step, self.seen, self.skipped = record["step"], record["seen"], record["skipped"]
         if self.scaler.is_enabled() and record["scaler"]:
             self.scaler.load_state_dict(record["scaler"])
@@ -370,12 +380,14 @@ class Trainer:
         if self.is_main:
             for name in ("log.jsonl", "speed.jsonl"):
                 state.truncate_log(self.run / name, self.step)
+            state.drop_snapshots(self.run, self.step)
         # Events of steps after the checkpoint are hidden: training writes them again.
         self.accelerator.init_trackers("elit", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
         self.speedometer.restart()
 
     def _log(self, report: StepReport) -> None:
-        """Lines of the log, before a checkpoint of the same step: a resumed run finds them or writes them again."""
+        """Writes lines of the log, before a checkpoint of the same step: a resumed run finds them or writes them
+        again."""
         validated = self.validation.due(report.step)
         if report.step % self.config.log_every and report.step != self.config.steps and not validated:
             return
@@ -384,44 +396,43 @@ class Trainer:
         if self.is_main:
             values: dict[str, Any] = {k: v for k, v in report._asdict().items() if v is not None}
             values |= held_out
-            _append(self.run / "log.jsonl", values)
+            state.append_json_line(self.run / "log.jsonl", values)
             # A file of its own: the log is the same for every run of a configuration, and the speed is not.
-            _append(self.run / "speed.jsonl", {"step": report.step, **speed._asdict()})
+            state.append_json_line(self.run / "speed.jsonl", {"step": report.step, **speed._asdict()})
             shown = {k: v for k, v in {**values, **speed._asdict()}.items() if v is not None and k != "step"}
             self.accelerator.log(shown, step=report.step)
         self.speedometer.restart()
 
+    def _save_where_due(self) -> None:
+        every = self.config.snapshot_every
+        if every and self.step % every == 0:
+            state.save_snapshot(self.run, self.step, self.trained, self.is_main)
+        if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
+            self.save()
 
-def prepare_blocks(model: Model, config: TrainConfig) -> None:
-    """Compiles the blocks, and has them compute activations again in the backward, as a configuration says.
-
-    The forward of a model knows of neither. Blocks share one compilation, whose number of tokens and batch are
-    dynamic: another budget is not another compilation.
-    """
-    assert isinstance(model, Transformer)
-    for block in model.blocks:
-        forward: Callable[..., Any] = block.forward
-        if config.compile:
-            forward = torch.compile(forward, dynamic=True)
-        if config.checkpoint_activations:
-            forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
-        block.forward = forward
-
-
-def _append(path: Path, values: dict[str, Any]) -> None:
-    with path.open("a") as log:
-        log.write(json.dumps(values) + "\n")
+    def _diverged(self, steps: int) -> str:
+        """Says what to do after so many steps without a finite loss."""
+        checkpoint = state.latest(self.run)
+        way_on = f"--resume {checkpoint} " if checkpoint else ""
+        return (
+            f"the loss was not finite for {steps} steps in a row, up to step {self.step}; "
+            f"train with a lower --optimizer.lr in another run directory: {way_on}--out ANOTHER"
+        )
 
 
 def check(config: TrainConfig) -> None:
-    """Raises:
-    ElitError: a number of the configuration is out of its range.
+    """Checks the numbers of a configuration that stand for themselves.
+
+    Raises:
+        ElitError: one is out of its range, or does not go with another.
     """
     counts = ("steps", "batch_size", "micro_batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
     for name in (*counts, "max_skipped"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ElitError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    if config.snapshot_every < 0:
+        raise ElitError(f"snapshot_every is {config.snapshot_every}; it must be at least 0")
     for name in ("label_dropout", "ema_decay"):
         if not 0 <= getattr(config, name) <= 1:
             raise ElitError(f"{name} is {getattr(config, name)}; it must be in [0, 1]")
@@ -431,8 +442,15 @@ def check(config: TrainConfig) -> None:
         raise ElitError("precision is fp16, whose loss scale parallel fsdp does not know; take bf16")
 
 
+def half_precision(config: TrainConfig) -> torch.dtype | None:
+    """Returns the dtype of matrix products, where it is not float32."""
+    if config.precision == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else None
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+
+
 def _accelerator(config: TrainConfig) -> Any:
-    """Processes, devices and trackers."""
+    """Finds processes, devices and trackers."""
     try:
         import accelerate
         import tensorboard  # noqa: F401
@@ -444,35 +462,12 @@ def _accelerator(config: TrainConfig) -> Any:
         raise ElitError("precision is fp16, which needs a GPU; take bf16 or fp32")
     accelerator = accelerate.Accelerator(
         cpu=default_device().type == "cpu",  # else processes without a GPU would not find each other
-        mixed_precision="no",  # its setting holds for the process, ours for a trainer
+        mixed_precision="no",
         log_with=list(config.trackers),
         project_config=accelerate.utils.ProjectConfiguration(config.out, logging_dir=f"{config.out}/tensorboard"),
+        # Buffers are tables of positions, the same everywhere: processes need not tell each other.
+        kwargs_handlers=[accelerate.utils.DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if config.batch_size < accelerator.num_processes:
         raise ElitError(f"batch_size is {config.batch_size}, too small for {accelerator.num_processes} processes")
     return accelerator
-
-
-def half_precision(config: TrainConfig) -> torch.dtype | None:
-    """The dtype of matrix products, where it is not float32."""
-    if config.precision == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else None
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-
-
-@contextmanager
-def _stop_on_signals(trainer: Trainer) -> Iterator[None]:
-    """SIGINT and SIGTERM end the loop after a step that all processes end with, so that what is saved is consistent."""
-
-    def stop(kind: int, _: object) -> None:
-        trainer._told[signal.Signals(kind)] = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {kind: signal.signal(kind, stop) for kind in STOPPING}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)

@@ -1,0 +1,77 @@
+"""How a model is prepared for training, one function for each way, and weights in shards on their way to disk and back.
+
+What belongs to FSDP2 is imported where it is used: it takes longer to load than the rest of a command line.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."
+
+
+def apply_activation_checkpointing(blocks: nn.ModuleList) -> None:
+    """Wraps blocks so that only their inputs are kept for the backward, and the rest is computed again there.
+
+    Names in ``state_dict`` stay as they are; for those of parameters there is :func:`named_parameters`.
+    """
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    for i, block in enumerate(blocks):
+        blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False)  # a forward draws nothing
+
+
+def apply_compile(blocks: Iterable[nn.Module]) -> None:
+    """Compiles blocks in place. They share one compilation, whose batch and number of tokens are dynamic: another
+    budget is not another compilation."""
+    for block in blocks:
+        block.compile(dynamic=True)
+
+
+def apply_fsdp(network: nn.Module, blocks: Iterable[nn.Module], processes: int, device: torch.device) -> None:
+    """Leaves each process with its shard of a network's parameters (FSDP2).
+
+    The blocks are gathered one at a time for their forward and backward; the rest of the network is one group more,
+    which stays gathered in between.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (processes,))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields parameters under the names that they have in ``state_dict``, whether or not blocks are wrapped."""
+    for name, parameter in model.named_parameters():
+        yield name.replace(CHECKPOINT_PREFIX, ""), parameter
+
+
+def gather_full_tensors(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Puts tensors that are in shards together; the others stay as they are. All processes call it at once.
+
+    Args:
+        keep: False returns nothing, for a process that only has to take part.
+    """
+    from torch.distributed.tensor import DTensor
+
+    full = {}
+    for name, value in tensors.items():
+        tensor = value.full_tensor() if isinstance(value, DTensor) else value
+        if keep:
+            # On the CPU, for all shards of all tensors together are what a GPU has no room for.
+            full[name] = tensor.cpu() if isinstance(value, DTensor) else tensor
+    return full
+
+
+def shard_like(tensor: Tensor, target: Any) -> Tensor:
+    """Returns this process's shard of a full tensor where the target is in shards, else the tensor itself."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(target, DTensor) or tensor.shape != target.shape:  # a step count belongs to no shard
+        return tensor
+    return distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)
