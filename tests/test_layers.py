@@ -29,7 +29,7 @@ from elit.layers import (
     sincos_table,
 )
 from tests.helpers import reference
-from tests.helpers.models import randomize
+from tests.helpers.models import randomize, tiny
 
 WIDTH, HEADS, THETA = 24, 3, 100.0
 norms = pytest.mark.parametrize("qk_norm", ["none", "head", "width"])
@@ -261,3 +261,18 @@ def test_heads_are_consecutive_channels() -> None:
     attention = Attention(6, 3, "none")
     heads = attention.heads(torch.arange(12.0).view(1, 2, 6))
     assert heads[0, :, 1].tolist() == [[6, 7], [8, 9], [10, 11]]
+
+
+def test_rotary_tables_stay_float32_whatever_a_model_is_cast_to() -> None:
+    model = tiny()
+    exact = model.rope_table.cos.clone()
+    there_and_back = model.to(torch.bfloat16).float()
+    assert torch.equal(there_and_back.rope_table.cos, exact)
+    assert model.to("meta").rope_table.cos.device.type == "meta"
+
+
+def test_rotation_of_bfloat16_is_rounded_once() -> None:
+    x = torch.randn(2, 5, 8)
+    rope = rotary(torch.rand(5, 2) * 40, 8, 100.0)
+    exact = rotate(x.bfloat16().float(), rope)
+    assert torch.equal(rotate(x.bfloat16(), rope), exact.bfloat16())

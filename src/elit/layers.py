@@ -4,7 +4,8 @@ Letters in shapes: B batch, L tokens of any kind, D width, H heads, d = D / H, A
 """
 
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -86,14 +87,18 @@ def rotary(positions: Tensor, head_dim: int, theta: float) -> Rotary:
 
 
 def rotate(x: Tensor, rope: Rotary) -> Tensor:
-    """Turns the channel pairs (k, k + d / 2) of x (..., L, d)."""
-    cos, sin = rope.cos.to(x.dtype), rope.sin.to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    """Turns the channel pairs (k, k + d / 2) of x (..., L, d), in float32 or better, and returns the dtype of x."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = rope.cos.to(wide), rope.sin.to(wide)
+    a, b = x.to(wide).chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
 class RotaryTable(nn.Module):
-    """A :func:`rotary` table kept beside the weights, so that a forward on the grid of training computes none."""
+    """Keeps a :func:`rotary` table beside the weights, so that a forward on the grid of training computes none.
+
+    It moves with its module but stays float32: bfloat16 has 8 bits, too few for positions.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -106,6 +111,11 @@ class RotaryTable(nn.Module):
 
     def forward(self) -> Rotary:
         return Rotary(self.cos, self.sin)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        device = fn(self.cos[:0]).device  # of what `fn` does to tensors, only the move is wanted here
+        self.cos, self.sin = self.cos.to(device), self.sin.to(device)
+        return self
 
 
 def sincos_table(positions: Tensor, width: int) -> Tensor:

@@ -72,4 +72,6 @@ def weak_level(model: Model, guidance: Guidance) -> int | None:
         return None
     if not model.levels:
         raise ElitError(f"{guidance.kind} needs a model with a latent interface; take cfg")
+    if guidance.kind == "ag" and len(model.levels) == 1:
+        raise ElitError("ag needs a lower budget for its weak term, and this model was trained with one budget alone")
     return model.levels[0] if guidance.budget is None else model.level(guidance.budget)
