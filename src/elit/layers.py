@@ -1,6 +1,10 @@
 """The building blocks that the interface and every backbone share.
 
 Letters in shapes: B batch, L tokens of any kind, D width, H heads, d = D / H, A position axes.
+
+Precision is one policy, whether a model runs under autocast or its weights are half precision: matrix products and
+attention take the half precision; the residual stream, norms, modulated values, rotary positions and softmax stay
+float32. So tokens are float32 in head, core and tail of every backbone.
 """
 
 import math
@@ -12,6 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_EPS = 1e-6
+
+
+class Linear(nn.Linear):
+    """A linear layer that takes the residual stream: float32 is rounded to the precision of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype) if x.itemsize > self.weight.itemsize else x)
+
+
+def residual(x: Tensor) -> Tensor:
+    """Returns tokens in the precision of the residual stream: float32, or float64 as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def layer_norm(width: int) -> nn.LayerNorm:
@@ -35,7 +51,7 @@ class Modulation(nn.Module):
     def __init__(self, width: int, parts: int, condition_width: int | None = None) -> None:
         super().__init__()
         self.parts = parts
-        self.linear = nn.Linear(condition_width or width, parts * width)
+        self.linear = Linear(condition_width or width, parts * width)
 
     def forward(self, c: Tensor, dims: int) -> tuple[Tensor, ...]:
         """Returns the parts shaped (B, 1, .., 1, D) with ``dims`` dimensions, ready to broadcast over tokens."""
@@ -52,8 +68,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, bias: bool = True) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden, bias=bias)
-        self.fc2 = nn.Linear(hidden, width, bias=bias)
+        self.fc1 = Linear(width, hidden, bias=bias)
+        self.fc2 = Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -171,7 +187,7 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.norm_in_heads = qk_norm != "width"
         self.q_norm, self.k_norm = qk_norm_pair(qk_norm, width, num_heads)
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def heads(self, x: Tensor, norm: nn.Module | None = None, rope: Rotary | None = None) -> Tensor:
         """(B, L, D) -> (B, H, L, d), normalized and rotated where asked."""
@@ -192,7 +208,7 @@ class SelfAttention(Attention):
 
     def __init__(self, width: int, num_heads: int, qk_norm: QKNorm = "none") -> None:
         super().__init__(width, num_heads, qk_norm)
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
 
     def project(self, x: Tensor, rope: Rotary | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values per head, each (B, H, L, d)."""
@@ -208,8 +224,8 @@ class CrossAttention(Attention):
 
     def __init__(self, width: int, num_heads: int, qk_norm: QKNorm) -> None:
         super().__init__(width, num_heads, qk_norm)
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
+        self.q = Linear(width, width)
+        self.kv = Linear(width, 2 * width)
 
     def project(
         self, x: Tensor, context: Tensor, q_rope: Rotary | None, k_rope: Rotary | None
@@ -271,8 +287,8 @@ class TimeEmbed(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(2 * self.FREQUENCIES, width)
-        self.fc2 = nn.Linear(width, width)
+        self.fc1 = Linear(2 * self.FREQUENCIES, width)
+        self.fc2 = Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
         k = torch.arange(self.FREQUENCIES, dtype=torch.float32, device=t.device)
@@ -293,7 +309,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm = layer_norm(width)
         self.modulation = Modulation(width, 2)
-        self.linear = nn.Linear(width, values)
+        self.linear = Linear(width, values)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.modulation(c, x.dim())

@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from elit.errors import ElitError
 from elit.interface.budget import to_level, valid_levels
 from elit.interface.grid import TokenGrid, Triple, coordinates, triple
-from elit.layers import CrossAttention, Mlp, Modulation, Rotary, RotaryTable, init_model, layer_norm, modulate, rotary
+from elit.layers import (
+    CrossAttention,
+    Mlp,
+    Modulation,
+    Rotary,
+    RotaryTable,
+    init_model,
+    layer_norm,
+    modulate,
+    residual,
+    rotary,
+)
 
 
 @dataclass(frozen=True)
@@ -183,7 +194,7 @@ class LatentInterface(nn.Module):
         is visible all J are filled, (B, G, J, D).
         """
         filled = self.num_latents if self.config.tail_visible else level
-        latents = self.latents[:filled].expand(*windows.shape[:2], -1, -1)
+        latents = residual(self.latents[:filled]).expand(*windows.shape[:2], -1, -1)
         latents = self.read_layer(latents, windows, c, self.window_rope())
         if not self.published:
             return latents

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from elit.errors import ElitError
 from elit.interface import triple
 from elit.interface.grid import Triple
-from elit.layers import FinalLayer, TimeEmbed, init_model
+from elit.layers import FinalLayer, Linear, TimeEmbed, init_model, residual
 from elit.models.transformer import Encoded, Transformer, TransformerConfig, patchify, unpatchify
 
 
@@ -62,7 +62,7 @@ class DFM(Transformer):
         super().__init__(config)
         self.patches = [config.of_stage(config.patch_size, stage) for stage in range(config.stages)]
         values = [config.in_channels * math.prod(patch) for patch in self.patches]
-        self.patch_embed = nn.ModuleList(nn.Linear(n, config.width) for n in values)
+        self.patch_embed = nn.ModuleList(Linear(n, config.width) for n in values)
         self.time_embed = nn.ModuleList(TimeEmbed(config.width) for _ in values)
         self.final = nn.ModuleList(FinalLayer(config.width, n) for n in values)
         init_model(self)
@@ -97,7 +97,7 @@ class DFM(Transformer):
         """
         ends = zip(x, self.patch_embed, self.patches, strict=True)
         tokens = torch.stack([embed(patchify(stage, size, patch)) for stage, embed, patch in ends]).sum(0)
-        return self.add_positions(tokens, size)
+        return self.add_positions(residual(tokens), size)
 
     def project(self, s: Tensor, c: Tensor, encoded: Encoded) -> list[Tensor]:
         """Returns the velocity (B, C, H_k, W_k) of every stage."""

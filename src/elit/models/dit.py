@@ -3,11 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from elit.interface import triple
 from elit.interface.grid import Triple
-from elit.layers import FinalLayer, TimeEmbed, init_model
+from elit.layers import FinalLayer, Linear, TimeEmbed, init_model, residual
 from elit.models.transformer import Encoded, Transformer, TransformerConfig, patchify, unpatchify
 
 
@@ -27,13 +27,13 @@ class DiT(Transformer):
         super().__init__(config)
         self.patch = triple(config.patch_size)
         values = config.in_channels * math.prod(self.patch)
-        self.patch_embed = nn.Linear(values, config.width)
+        self.patch_embed = Linear(values, config.width)
         self.time_embed = TimeEmbed(config.width)
         self.final = FinalLayer(config.width, values)
         init_model(self)
 
     def embed(self, x: Tensor, size: Triple) -> Tensor:
-        return self.add_positions(self.patch_embed(patchify(x, size, self.patch)), size)
+        return self.add_positions(residual(self.patch_embed(patchify(x, size, self.patch))), size)
 
     def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
         return self.add_label(self.time_embed(t), y)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from elit.errors import ElitError
 from elit.interface import TokenGrid
 from elit.interface.grid import Triple
-from elit.layers import Block, Rotary
+from elit.layers import Block, Linear, Rotary, residual
 from elit.models.dit import DiT
 from elit.models.transformer import Encoded, Stream, TransformerConfig
 
@@ -80,8 +80,8 @@ class HDiT(DiT):
             )
             for _ in range(count)
         )
-        self.merge = nn.Linear(RUN * config.width, wide)
-        self.split = nn.Linear(wide, RUN * config.width)
+        self.merge = Linear(RUN * config.width, wide)
+        self.split = Linear(wide, RUN * config.width)
         self.inner_share = nn.Parameter(torch.empty(1))
 
     def init_weights(self) -> None:
@@ -99,7 +99,7 @@ class HDiT(DiT):
         if end <= inner or first >= outer:
             return super().run_blocks(first, end, stream, c, rope)
         x = super().run_blocks(first, inner, stream, c, rope).tokens  # (B, L, D)
-        wide = Stream(self.merge(x.unflatten(1, (-1, RUN)).flatten(2)))  # (B, L / 4, 2 D)
+        wide = Stream(residual(self.merge(x.unflatten(1, (-1, RUN)).flatten(2))))  # (B, L / 4, 2 D)
         wide = super().run_blocks(inner, outer, wide, c, rope and Rotary(rope.cos[::RUN], rope.sin[::RUN]))
         back = self.split(wide.tokens).unflatten(2, (RUN, -1)).flatten(1, 2)  # (B, L, D)
         x = x + self.inner_share * (back - x)  # not torch.lerp, which autocast does not know

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from elit.conditions import Text
 from elit.errors import ElitError
 from elit.interface.grid import Triple
-from elit.layers import Block, Modulation, QKNorm, Rotary, layer_norm, modulate, qk_norm_pair
+from elit.layers import Block, Linear, Modulation, QKNorm, Rotary, layer_norm, modulate, qk_norm_pair, residual
 from elit.models.dit import DiT
 from elit.models.transformer import Stream, TransformerConfig
 
@@ -73,7 +73,7 @@ class LastJointBlock(nn.Module):
         self.image = Block(width, num_heads, mlp_ratio, qk_norm)
         self.text_norm = layer_norm(width)
         self.text_modulation = Modulation(width, 2)
-        self.text_kv = nn.Linear(width, 2 * width)
+        self.text_kv = Linear(width, 2 * width)
         _, self.text_k_norm = qk_norm_pair(qk_norm, width, num_heads)
 
     def forward(self, x: Tensor, text: Tensor, c: Tensor, rope: Rotary | None, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,8 +106,8 @@ class MMDiT(DiT):
         self.blocks = nn.ModuleList(
             kind(config.width, config.num_heads, config.mlp_ratio, config.qk_norm_kind) for kind in kinds
         )
-        self.text_embed = nn.Linear(config.text_width, config.width)
-        self.pooled_embed = nn.Linear(config.text_width, config.width)
+        self.text_embed = Linear(config.text_width, config.width)
+        self.pooled_embed = Linear(config.text_width, config.width)
         self.register_buffer("empty_prompt", torch.zeros(config.empty_length, config.text_width))
 
     def run_blocks(self, first: int, end: int, stream: Stream, c: Tensor, rope: Rotary | None) -> Stream:
@@ -123,7 +123,7 @@ class MMDiT(DiT):
         return self.time_embed(t) + self.pooled_embed(mean_of(y))
 
     def embed_text(self, y: Text) -> Text:
-        return Text(self.text_embed(y.tokens), y.mask)
+        return Text(residual(self.text_embed(y.tokens)), y.mask)
 
     def check_input(self, x: Tensor, t: Tensor, y: Text | None) -> Triple:
         self.check_text(y)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from elit.errors import ElitError
-from elit.layers import Rotary
+from elit.layers import Linear, Rotary, residual
 from elit.models.dit import DiT
 from elit.models.transformer import Stream, TransformerConfig
 
@@ -49,7 +49,7 @@ class UViT(DiT):
     def build_stack(self) -> None:
         super().build_stack()
         width = self.config.width
-        self.joins = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(self.config.skips))
+        self.joins = nn.ModuleList(Linear(2 * width, width) for _ in range(self.config.skips))
 
     def run_blocks(self, first: int, end: int, stream: Stream, c: Tensor, rope: Rotary | None) -> Stream:
         """Runs blocks first..end - 1, which leave what they give on a stack of skips or take it from there.
@@ -61,7 +61,7 @@ class UViT(DiT):
         x, skips = stream.tokens, list(stream.skips)
         for i in range(first, end):
             if i >= depth - count:
-                x = self.joins[depth - 1 - i](torch.cat((x, skips.pop()), dim=-1))
+                x = residual(self.joins[depth - 1 - i](torch.cat((x, skips.pop()), dim=-1)))
             x = self.blocks[i](x, c, rope)
             if i < count:
                 skips.append(x)
