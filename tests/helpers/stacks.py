@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from elit.interface import InterfaceConfig
 from elit.models import DiT, DiTConfig, HDiT, HDiTConfig, MMDiT, MMDiTConfig, Model, UViT, UViTConfig
 from elit.models.transformer import Transformer
 from tests.helpers import reference
-from tests.helpers.models import TINY, randomize
+from tests.helpers.models import TINY, inputs, randomize
 
 ELASTIC: dict[str, tuple[type[Model], type, dict[str, Any]]] = {
     "ELIT-DiT": (DiT, DiTConfig, {}),
@@ -34,6 +35,21 @@ def tiny(name: str, **changes: Any) -> Any:
 def video(name: str) -> Any:
     """Clips of 4 x 8 x 8, in 4 windows of 2 x 2 x 4 tokens."""
     return tiny(name, input_size=(4, 8, 8), patch_size=(1, 2, 2), interface=InterfaceConfig((2, 4, 2)))
+
+
+def check_stack(model: Any, plain_blocks: Callable[..., Any], level: int) -> None:
+    """Asserts that a model in float64 is :func:`plain_stack` between its own embedding and projection.
+
+    Args:
+        plain_blocks: ``plain_blocks(model, condition)`` gives the ``blocks`` of the backbone.
+    """
+    x, t, y = inputs(model, 1, dtype=torch.float64)
+    c, tokens = model.condition(t, y), model.embed(x, model.config.grid_size)
+    vector = reference.array(c[0])
+    expected = plain_stack(model, list(reference.array(tokens[0])), vector, level, plain_blocks(model, vector))
+    velocity = model.project(torch.from_numpy(np.array(expected))[None], c, model.encode(x, t, y))
+    # float64; up to 8 blocks
+    torch.testing.assert_close(model(x, t, y, num_latents=level), velocity, rtol=0, atol=1e-10)
 
 
 def plain_stack(

@@ -48,8 +48,8 @@ def test_with_write_at_zero_a_model_is_its_head_and_tail(name: str, monkeypatch:
     x, t, y = inputs(model, 3)
     head_and_tail = model(x, t, y)
     with monkeypatch.context() as patch:  # tokens go past the core, which sees nothing
-        patch.setattr(model.interface, "read", lambda s, *_: (torch.zeros_like(s), s))
-        patch.setattr(model.interface, "write", lambda latents, spatial, grid: spatial)
+        patch.setattr(model.interface, "read", lambda windows, *_: torch.zeros_like(windows))
+        patch.setattr(model.interface, "write", lambda windows, _: windows)
         torch.testing.assert_close(
             model(x, t, y), head_and_tail, rtol=0, atol=1e-6
         )  # float32, as many latents as tokens
@@ -74,8 +74,8 @@ def test_the_answer_depends_on_the_latents_kept_and_on_no_others(name: str) -> N
 
 @every_backbone
 @settings(max_examples=8)
-@given(order=st.permutations(range(4)), budget=st.sampled_from([0.3, 1.0]))
-def test_windows_that_trade_places_trade_answers(name: str, order: list[int], budget: float) -> None:
+@given(order=st.permutations(range(4)), which=st.sampled_from([0, -1]))
+def test_windows_that_trade_places_trade_answers(name: str, order: list[int], which: int) -> None:
     """Without positions between windows the model cannot tell which is which."""
     model = tiny(name).double()
     model.spatial_rope = model.interface.core_rope = lambda *_: None
@@ -86,7 +86,9 @@ def test_windows_that_trade_places_trade_answers(name: str, order: list[int], bu
         return windows.unflatten(1, (2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
     # float64; sums over the keys in another order
-    torch.testing.assert_close(model(shuffled(x), t, y, budget), shuffled(model(x, t, y, budget)), rtol=0, atol=1e-11)
+    level = model.levels[which]
+    found, expected = (model(shuffled(x), t, y, num_latents=level), shuffled(model(x, t, y, num_latents=level)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
 
 @every_backbone
@@ -111,8 +113,8 @@ def test_other_resolutions_than_that_of_training(name: str, size: tuple[int, int
     model, native = tiny(name, **changes), tiny(name, input_size=size, **changes)
     native.load_state_dict(model.state_dict())
     x, t, y = inputs(native, 2)
-    for budget in (None, 0.5) if elastic else (None,):
-        assert torch.equal(model(x, t, y, budget), native(x, t, y, budget))
+    for level in model.levels if elastic else (0,):
+        assert torch.equal(model(x, t, y, num_latents=level), native(x, t, y, num_latents=level))
 
 
 @every_backbone
@@ -146,7 +148,8 @@ def test_a_forward_reads_no_value(name: str) -> None:
     model = tiny(name).to("meta")
     x, t, y = (map_condition(lambda value: value.to("meta"), each) for each in inputs(model, 3))
     for each in (x, torch.cat((x, x), dim=-1)):
-        assert model(each, t, y, 0.5).shape == each.shape
+        assert model(each, t, y, num_latents=model.levels[0]).shape == each.shape
+        assert model(each, t, y, num_latents=[4, model.levels[0], 4]).shape == each.shape
 
 
 @every_backbone

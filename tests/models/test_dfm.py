@@ -11,7 +11,7 @@ from torch import Tensor
 import elit
 from elit.analysis import count_flops
 from elit.errors import ElitError
-from elit.flow import StageDensity, StageSchedule, path_named, pyramid_loss
+from elit.flow import StageDensity, StageSchedule, flow_of
 from elit.interface import InterfaceConfig
 from elit.models import DFM, DFMConfig, DiT, DiTConfig
 from elit.models.transformer import Transformer
@@ -60,15 +60,23 @@ def test_one_stage_is_dit() -> None:
 
 
 @pytest.mark.parametrize("elastic", [{}, ELASTIC])
-def test_masked_stages_are_not_seen(elastic: dict[str, Any]) -> None:
+def test_every_stage_and_its_time_count(elastic: dict[str, Any]) -> None:
+    """Also those of a masked stage, which is given as zeros: its bias and its time are in the answer."""
     model = model_of(**elastic)
     x, t, y = inputs(model)
-    seen = model(x, t, y, active=1)
-    other = model([x[0], x[1] + 1, torch.full_like(x[2], torch.nan)], t, y, active=1)
-    assert all(torch.equal(a, b) for a, b in zip(seen, other, strict=True))
-    assert not torch.allclose(seen[0], model(x, t, y, active=2)[0])
-    assert not torch.allclose(seen[0], model(x, t + torch.tensor([0, 0, 1.0]), y, active=1)[0])  # its time still counts
-    assert all(torch.equal(a, b) for a, b in zip(model(x, t, y), model(x, t, y, active=3), strict=True))
+    masked = [x[0], torch.zeros_like(x[1]), torch.zeros_like(x[2])]
+    for stages in (x, masked):
+        answer = model(stages, t, y)[0]
+        for k in range(3):
+            other, later = list(stages), t.clone()
+            other[k] = other[k] + 1
+            later[:, k] += 0.5
+            assert not torch.allclose(answer, model(other, t, y)[0])
+            assert not torch.allclose(answer, model(stages, later, y)[0])
+    before = model(masked, t, y)[0]
+    with torch.no_grad():
+        model.patch_embed[2].bias.add_(1)
+    assert not torch.allclose(before, model(masked, t, y)[0])
 
 
 def test_the_interface_works_in_it() -> None:
@@ -97,14 +105,7 @@ def test_every_parameter_gets_a_gradient(active: int) -> None:
     """Also those of masked stages, as distributed training wants."""
     model = model_of()
     x, t, y = inputs(model)
-    loss = pyramid_loss(
-        lambda x, t, active: model(x, t, y, active=active),
-        torch.randn(2, 3, 16, 16),
-        t,
-        x,
-        path_named("linear"),
-        active,
-    )
+    loss = flow_of(model).loss(lambda x, t: model(x, t, y), torch.randn(2, 3, 16, 16), t, x, active)
     assert loss.shape == (2,)
     loss.mean().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -114,14 +115,15 @@ def test_every_parameter_gets_a_gradient(active: int) -> None:
 
 def test_it_learns() -> None:
     torch.manual_seed(0)
-    model, path, rng = model_of(stages=2), path_named("linear"), np.random.default_rng(0)
+    model, rng = model_of(stages=2), np.random.default_rng(0)
+    flow = flow_of(model, stages=StageDensity([0.5, 0.5]))
     x, y = torch.randn(4, 3, 16, 16), torch.arange(4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(100):
-        t, active = StageDensity([0.5, 0.5]).draw(4, path, rng)
-        noise = [normal(rng, (4, *shape)) for shape in model.stage_shapes]
-        loss = pyramid_loss(lambda x, t, active: model(x, t, y, active=active), x, t, noise, path, active).mean()
+        t, active = flow.draw_times(4, rng)
+        noise = [normal(rng, (4, *shape)) for shape in flow.noise_shapes]
+        loss = flow.loss(lambda x, t: model(x, t, y), x, t, noise, active).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -151,7 +153,7 @@ def test_stages_begin_one_after_the_other() -> None:
         for before, after in zip(states, states[1:], strict=False)
     ]
     assert moved == [[True, False, False], [True, True, False], *[[True, True, True]] * 3]
-    assert states[-1].t.shape == (1008,) and not states[-1].t.any()
+    assert states[-1].t.shape == (1, 3) and not states[-1].t.any()
 
 
 def test_budget_by_noise() -> None:
@@ -165,8 +167,6 @@ def test_budget_by_noise() -> None:
     [
         (lambda m, x, t, y: m(x[:2], t, y), "2 stages"),
         (lambda m, x, t, y: m(x, t[:, 0], y), "times of shape"),
-        (lambda m, x, t, y: m(x, t, y, active=0), "active is 0"),
-        (lambda m, x, t, y: m(x, t, y, active=4), "active is 4"),
         (lambda m, x, t, y: m([x[0], x[1], x[1]], t, y), "each must be half the size"),
         (lambda m, x, t, y: m(x, t), "needs labels"),
         (lambda m, x, t, y: m(x, t, y, budget=0.5), "no latent interface"),

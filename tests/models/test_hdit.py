@@ -9,10 +9,10 @@ import torch
 import elit
 from elit import ElitError
 from elit.interface import InterfaceConfig
-from elit.models import HDiT, config_for
+from elit.models import DiT, HDiT, config_for
 from tests.helpers import reference
 from tests.helpers.models import inputs
-from tests.helpers.stacks import Positions, Vectors, plain_stack, tiny
+from tests.helpers.stacks import Positions, Vectors, check_stack, tiny
 
 
 def plain_blocks(model: HDiT, c: np.ndarray) -> Any:
@@ -46,24 +46,21 @@ def plain_blocks(model: HDiT, c: np.ndarray) -> Any:
 @pytest.mark.parametrize("level", [4, 8])
 def test_the_stack_is_the_plain_loops(name: str, level: int) -> None:
     model = tiny(name, input_size=(8, 8), interface=InterfaceConfig((1, 2, 4))).double()
-    s, c = torch.randn(1, 16, 32).double(), torch.randn(1, 32).double()
-    answer = model.transform(s, c, (1, 4, 4), level)[0].detach().numpy()
-    vector = c[0].numpy()
-    expected = plain_stack(model, list(s[0].numpy()), vector, level, plain_blocks(model, vector))
-    np.testing.assert_allclose(answer, np.array(expected), rtol=0, atol=1e-10)  # float64, 6 blocks
+    check_stack(model, plain_blocks, level)
 
 
 def test_the_plain_stack_merges_squares() -> None:
     model = tiny("ELIT-HDiT", interface=None, input_size=(8, 12)).double()
     size = (1, 4, 6)
-    s, c = torch.randn(1, 24, 32).double(), torch.randn(1, 32).double()
-    answer = model.transform(s, c, size, 0)[0].detach().numpy()
+    x, t, y = inputs(model, 1, dtype=torch.float64)
+    s, c = DiT.embed(model, x, size), model.condition(t, y)  # in raster order
     order = [n for square in reference.windows_of(size, (1, 2, 2)) for n in square]
     places = reference.places(size, False)
-    tokens, at = [s[0, n].numpy() for n in order], [places[n] for n in order]
-    expected = np.empty_like(answer)
-    expected[order] = plain_blocks(model, c[0].numpy())(0, model.config.depth, tokens, at)
-    np.testing.assert_allclose(answer, expected, rtol=0, atol=1e-10)  # float64, 6 blocks
+    tokens, at = [reference.array(s[0, n]) for n in order], [places[n] for n in order]
+    expected = np.empty(s.shape[1:])
+    expected[order] = plain_blocks(model, reference.array(c[0]))(0, model.config.depth, tokens, at)
+    velocity = DiT.project(model, torch.from_numpy(expected)[None], c, model.encode(x, t, y))
+    torch.testing.assert_close(model(x, t, y), velocity, rtol=0, atol=1e-10)  # float64, 6 blocks
 
 
 @pytest.mark.parametrize(
@@ -77,7 +74,9 @@ def test_levels_are_multiples_of_four(group: int, smallest: int | None, levels: 
 
 def test_a_budget_is_rounded_to_a_level() -> None:
     model = tiny("ELIT-HDiT", input_size=16, interface=InterfaceConfig(4))
-    assert [model.level(budget) for budget in (1 / 16, 0.25, 0.4, 0.5, 0.7, 1, None)] == [4, 4, 8, 8, 12, 16, 16]
+    assert [model.level(budget) for budget in (0.25, 0.4, 0.5, 0.7, 1, None)] == [4, 8, 8, 12, 16, 16]
+    with pytest.raises(ElitError, match=r"means 1 of 16 latents, .* trained with 4, 8, 12 and 16: take at least 0\.25"):
+        model.level(1 / 16)
     x, t, y = inputs(model, 2)
     assert torch.equal(model(x, t, y, 0.4), model(x, t, y, 0.5))
 

@@ -100,7 +100,7 @@ def test_the_model_is_the_plain_loops(level: int, known: int) -> None:
     words = [reference.linear(weights, "text_embed", word) for word in prompt]
     tokens = plain_stack(model, s, c, level, plain_blocks(model, words, known, c))
     condition = torch.from_numpy(c)[None]
-    expected = model.project(torch.from_numpy(np.array(tokens))[None], condition, size).view_as(x)
+    expected = model.project(torch.from_numpy(np.array(tokens))[None], condition, model.encode(x, t, y))
     torch.testing.assert_close(model(x, t, y, level / 4), expected, rtol=0, atol=1e-10)  # float64, 4 blocks
 
 
@@ -212,7 +212,7 @@ def test_guidance_works_as_with_labels(kind: Any) -> None:
 
 
 def test_sampling_without_text_is_refused() -> None:
-    with pytest.raises(ElitError, match="the model has a text stream: give text"):
+    with pytest.raises(ElitError, match="the model takes text: give text"):
         elit.sample(model_of(), seeds=[0])
     with pytest.raises(ElitError, match="one of each per sample, not 2 labels, 3 seeds"):
         elit.sample(model_of(), inputs(model_of(), 2)[2], seeds=[0, 1, 2])

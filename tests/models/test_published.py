@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import elit
 from elit.errors import ElitError
-from elit.flow.pyramid import flatten
 from elit.interface import InterfaceConfig
 from elit.models import DFMConfig, DiT, DiTConfig, config_for
 from elit.models.files import save_model
@@ -93,9 +92,10 @@ def test_flops(budget: str) -> None:
 
 def test_forward_multi_scale() -> None:
     model, numbers = golden("dfm_sit_tiny"), ANSWERS["dfm_sit_tiny"]
-    for answer, active in (("all", None), ("first", 1)):
+    coarse, fine = numbers["pyramid.0"], numbers["pyramid.1"]
+    for answer, x in (("all", [coarse, fine]), ("first", [coarse, torch.zeros_like(fine)])):  # or the fine one masked
         with torch.no_grad():
-            v = model([numbers["pyramid.0"], numbers["pyramid.1"]], numbers["in.t"], numbers["in.y"], active=active)
+            v = model(x, numbers["in.t"], numbers["in.y"])
         for stage in (0, 1):
             assert_close(v[stage], numbers[f"out.{answer}.{stage}"], 1e-6)
 
@@ -117,13 +117,13 @@ def test_sampler(name: str, answer: str, monkeypatch: pytest.MonkeyPatch) -> Non
     settings, numbers = DESCRIBED[name]["meta"][answer], ANSWERS[name]
     if f"{answer}.draws" in numbers:
         draws = numbers[f"{answer}.draws"]
-        monkeypatch.setattr("elit.flow.sampler._normal", lambda seeds, step, shape: draws[int(step.split()[1])])
+        monkeypatch.setattr("elit.flow.trajectory.normals", lambda keys, _: draws[int(keys[0][1].split()[1])])
     multi_scale = name == "dfm_sit_tiny"
     noise = [numbers["sample.noise.0"], numbers["sample.noise.1"]] if multi_scale else None
     x = elit.sample(
         golden(name),
         numbers["in.y"],
-        noise=flatten(noise) if noise else numbers["sample.noise"],
+        noise=torch.cat([stage.flatten(1) for stage in noise], dim=1) if noise else numbers["sample.noise"],
         steps=settings.get("num_steps", 7),  # of two stages: 4 and 3, the published schedule
         solver="heun" if settings.get("heun") else "sde" if "sde" in answer else "euler",
         budget=settings.get("inference_budget"),
@@ -183,14 +183,14 @@ def checkpoint(config: DiTConfig, **args: Any) -> Checkpoint:
 @pytest.mark.parametrize(("patch", "resolution"), [(2, 256), (4, 512)])
 def test_named_sizes_need_no_help(family: str, size: str, patch: int, resolution: int) -> None:
     name = f"{family}-{size}/{patch}"
-    interface = {"group_size": 4, "min_latents": 2, "tail_visible": True} if family == "ELIT-SiT" else {}
+    interface = {"group_size": 4, "levels": tuple(range(2, 17)), "tail_visible": True} if family == "ELIT-SiT" else {}
     config = config_for(name, resolution, **interface)
     found = checkpoint(config, model=name, encoder_depth=config.head_depth, elit_max_mask_prob=0.875)
     assert recover_config(found) == config
 
 
 def test_args_decide_over_the_name_and_overrides_over_both() -> None:
-    config = config_for("ELIT-SiT-S/2", head_depth=4, group_size=4, min_latents=1, tail_visible=True)
+    config = config_for("ELIT-SiT-S/2", head_depth=4, group_size=4, levels=tuple(range(1, 17)), tail_visible=True)
     found = checkpoint(config, model="ELIT-SiT-S/2", encoder_depth=4, elit_max_mask_prob=0.9375)
     assert recover_config(found) == config
     assert recover_config(found, head_depth=1).head_depth == 1
@@ -198,16 +198,19 @@ def test_args_decide_over_the_name_and_overrides_over_both() -> None:
 
 
 @pytest.mark.parametrize("side", [2, 3, 4, 5, 6, 7, 8])
-def test_every_smallest_level_survives_floating_point(side: int) -> None:
+def test_levels_of_training_survive_floating_point(side: int) -> None:
     config = DiTConfig(
         input_size=side, patch_size=1, width=8, depth=3, num_heads=2, head_depth=1, tail_depth=1, positions="sincos",
         qk_norm=False, interface=InterfaceConfig(group_size=side, variant="published"),
     )  # fmt: skip
     tensors = checkpoint(config).tensors
-    for latents in range(1, side**2 + 1):
-        args = {"num_heads": 2, "encoder_depth": 1, "tail_depth": 1, "elit_max_mask_prob": 1 - latents / side**2}
-        found = recover_config(Checkpoint(Path("file.pt"), "ema", tensors, Namespace(**args), 0))
-        assert found.interface.min_latents == latents
+    count = side**2
+    for latents in range(1, count + 1):
+        args = {"num_heads": 2, "encoder_depth": 1, "tail_depth": 1, "elit_max_mask_prob": 1 - latents / count}
+        for highest in (None, latents, (latents + count) // 2, count):
+            masked = {} if highest is None else {"elit_min_mask_prob": 1 - highest / count}
+            found = recover_config(Checkpoint(Path("file.pt"), "ema", tensors, Namespace(**args, **masked), 0))
+            assert found.interface.levels == tuple(range(latents, (highest or count) + 1))
 
 
 ODD = {  # sizes that have no name
@@ -218,11 +221,13 @@ ODD = {  # sizes that have no name
     "ELIT-SiT": DiTConfig(
         input_size=24, patch_size=4, in_channels=5, num_classes=3, width=16, depth=5, num_heads=2, head_depth=0,
         tail_depth=2, positions="sincos", qk_norm=True,
-        interface=InterfaceConfig(group_size=3, variant="published", min_latents=2, write_depth=2, tail_visible=True),
+        interface=InterfaceConfig(
+            group_size=3, variant="published", levels=tuple(range(2, 10)), write_depth=2, tail_visible=True
+        ),
     ),
     "ELIT-SiT of ours": DiTConfig(
         input_size=8, patch_size=2, width=16, depth=3, num_heads=4, head_depth=1, tail_depth=1, positions="sincos",
-        qk_norm=False, interface=InterfaceConfig(group_size=2, variant="published", min_latents=1),
+        qk_norm=False, interface=InterfaceConfig(group_size=2, variant="published", levels=(1, 2, 3)),
     ),
     "DFM-SiT": DFMConfig(
         input_size=16, patch_size=4, width=16, depth=2, num_heads=2, positions="sincos", qk_norm=False, stages=3
@@ -230,7 +235,7 @@ ODD = {  # sizes that have no name
     "ELIT-DFM-SiT": DFMConfig(
         input_size=16, patch_size=2, width=16, depth=3, num_heads=2, head_depth=1, tail_depth=1, positions="sincos",
         qk_norm=False,
-        interface=InterfaceConfig(group_size=4, variant="published", min_latents=4, tail_visible=True),
+        interface=InterfaceConfig(group_size=4, variant="published", levels=(16,), tail_visible=True),
     ),
 }  # fmt: skip
 
@@ -409,6 +414,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "other classes": (lambda told: setattr(told["args"], "num_classes", 999), "1001 rows"),
     "other prediction": (lambda told: setattr(told["args"], "prediction", "x"), "predicts 'x'"),
     "typed wrong": (lambda told: setattr(told["args"], "encoder_depth", "two"), "args.encoder_depth is 'two'"),
+    "masking at least more than at most": (
+        lambda told: vars(told["args"]).update(elit_max_mask_prob=0.5, elit_min_mask_prob=0.75),
+        "elit_min_mask_prob is above args.elit_max_mask_prob",
+    ),
     "masking all": (lambda told: setattr(told["args"], "elit_max_mask_prob", 1.0), "elit_max_mask_prob is 1.0"),
     "norms that lack": (lambda told: setattr(told["args"], "qk_norm", True), r"lacks blocks\.0\.attn\.k_norm\.weight"),
 }

@@ -10,7 +10,8 @@ import elit
 from elit import ElitError
 from elit.models import UViT
 from tests.helpers import reference
-from tests.helpers.stacks import Positions, Vectors, plain_stack, tiny
+from tests.helpers.models import inputs
+from tests.helpers.stacks import Positions, Vectors, check_stack, tiny
 
 
 def plain_blocks(model: UViT, c: np.ndarray) -> Any:
@@ -34,22 +35,19 @@ def plain_blocks(model: UViT, c: np.ndarray) -> Any:
 @pytest.mark.parametrize("name", ["ELIT-UViT", "ELIT-UViT, deep head"])
 @pytest.mark.parametrize("level", [1, 3, 4])
 def test_the_stack_is_the_plain_loops(name: str, level: int) -> None:
-    model = tiny(name).double()
-    s, c = torch.randn(1, 16, 32).double(), torch.randn(1, 32).double()
-    answer = model.transform(s, c, (1, 4, 4), level)[0].detach().numpy()
-    vector = c[0].numpy()
-    expected = plain_stack(model, list(s[0].numpy()), vector, level, plain_blocks(model, vector))
-    np.testing.assert_allclose(answer, np.array(expected), rtol=0, atol=1e-10)  # float64, 8 blocks
+    check_stack(tiny(name).double(), plain_blocks, level)
 
 
 @pytest.mark.parametrize("depth", [3, 4, 5, 7, 8])
 def test_the_plain_stack_is_the_plain_loops(depth: int) -> None:
     model = tiny("ELIT-UViT", interface=None, depth=depth).double()
     assert len(model.joins) == max(0, depth // 2 - 2)
-    s, c = torch.randn(1, 16, 32).double(), torch.randn(1, 32).double()
-    answer = model.transform(s, c, (1, 4, 4), 0)[0].detach().numpy()
-    expected = plain_blocks(model, c[0].numpy())(0, depth, list(s[0].numpy()), reference.places((1, 4, 4), False))
-    np.testing.assert_allclose(answer, np.array(expected), rtol=0, atol=1e-10)  # float64, up to 8 blocks
+    x, t, y = inputs(model, 1, dtype=torch.float64)
+    c, places = model.condition(t, y), reference.places((1, 4, 4), False)
+    tokens = list(reference.array(model.embed(x, (1, 4, 4))[0]))
+    tokens = plain_blocks(model, reference.array(c[0]))(0, depth, tokens, places)
+    velocity = model.project(torch.from_numpy(np.array(tokens))[None], c, model.encode(x, t, y))
+    torch.testing.assert_close(model(x, t, y), velocity, rtol=0, atol=1e-10)  # float64, up to 8 blocks
 
 
 @pytest.mark.parametrize(("head", "tail"), [(4, 3), (0, 1), (3, 12), (11, 12)])
