@@ -68,7 +68,7 @@ def test_sample(run: Path, tmp_path: Path) -> None:
     picture = np.asarray(Image.open(first))
     assert picture.shape == (2 * 64 + 3 * 2 * 8, 2 * 64 + 3 * 2 * 8)
     assert (picture == np.asarray(Image.open(second))).all()
-    assert json.loads(Image.open(first).info["elit"])["guidance_scale"] == 2
+    assert json.loads(Image.open(first).info["elit"])["guidance"]["scale"] == 2
     elit(*arguments, "--budget", "0.25,0.5,1", "--out", tmp_path / "c.png")
     elit(*arguments, "--budget", "0.25@0.5,1", "--seed", 4, "--out", tmp_path / "d.png")
     assert len({p.read_bytes() for p in (first, tmp_path / "c.png", tmp_path / "d.png")}) == 3

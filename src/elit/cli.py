@@ -1,6 +1,7 @@
 """The `elit` command: every verb is one function that anyone can also call.
 
-Each option is a parameter of the function, and each may also come from ``--config FILE.yaml``.
+Its options are the parameters of the function, or the fields of the one dataclass that it takes. Each may also come
+from ``--config FILE.yaml``.
 """
 
 import copy
@@ -8,23 +9,24 @@ import logging
 import sys
 from argparse import Action, ArgumentError
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from elit import __version__
 from elit.commands.analyze import analyze_attention, analyze_budgets, analyze_cost, analyze_guidance, analyze_steps
 from elit.commands.convert import convert_model
 from elit.commands.evaluate import evaluate_compare, evaluate_reference, evaluate_samples
 from elit.commands.info import info
-from elit.commands.plan import plan
+from elit.commands.plan import make_plan
 from elit.commands.prepare import prepare_convert, prepare_encode, prepare_verify
 from elit.commands.quickstart import quickstart
 from elit.commands.sample import sample_images
 from elit.commands.train import train
 from elit.errors import ElitError
-from elit.training.config import TrainConfig
 
 Verb = Callable[..., object]
 
@@ -32,7 +34,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "quickstart": quickstart,
     "train": train,
     "sample": sample_images,
-    "plan": plan,
+    "plan": make_plan,
     "evaluate": {"samples": evaluate_samples, "reference": evaluate_reference, "compare": evaluate_compare},
     "analyze": {
         "budgets": analyze_budgets,
@@ -55,9 +57,6 @@ SUMMARIES = {
 
 DEFAULTS = {"evaluate": "samples"}
 """``elit evaluate --samples ...`` is short for ``elit evaluate samples --samples ...``."""
-
-POSITIONAL = (info, convert_model, prepare_convert, prepare_encode, prepare_verify, evaluate_reference)
-"""Verbs whose required options are given without a name."""
 
 
 class HelpFormatter(DefaultHelpFormatter):
@@ -109,14 +108,21 @@ def add_verbs(parser: Parser, verbs: dict[str, Any], before: str = "elit") -> No
 
 
 def add_options(parser: Parser, verb: Verb) -> None:
-    """Adds the parameters of a verb to its parser."""
+    """Adds the options of a verb to its parser; those that are required and not keywords are given without a name."""
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below.")
-    if verb is train:
-        parser.add_class_arguments(TrainConfig, as_group=False)
-    elif verb is evaluate_compare:
+    if verb is evaluate_compare:
         parser.add_argument("results", type=Path, nargs="+", help="Files of elit evaluate, at least two.")
+    elif options := options_class(verb):
+        parser.add_class_arguments(options, as_group=False, as_positional=True)
     else:
-        parser.add_function_arguments(verb, as_group=False, as_positional=verb in POSITIONAL)
+        parser.add_function_arguments(verb, as_group=False, as_positional=True)
+
+
+def options_class(verb: Verb) -> type | None:
+    """Returns the dataclass that a verb takes as its only argument, or None where it takes several plain ones."""
+    parameters = list(signature(verb).parameters.values())
+    kind = parameters[0].annotation
+    return kind if isinstance(kind, type) and is_dataclass(kind) else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,12 +159,9 @@ def run(parser: Parser, arguments: Sequence[str]) -> None:
     verb: Any = VERBS
     while isinstance(verb, dict):
         verb, options = verb[options.verb], options[options.verb]
-    values = _without_config(options)
-    train(TrainConfig(**values)) if verb is train else verb(**values)
-
-
-def _without_config(options: Namespace) -> dict[str, Any]:
-    return {key: value for key, value in vars(options).items() if key not in ("config", "__path__")}
+    values = {key: value for key, value in vars(options).items() if key not in ("config", "__path__")}
+    dataclass = options_class(verb)
+    verb(**values) if dataclass is None else verb(dataclass(**values))
 
 
 def _with_default(arguments: list[str]) -> list[str]:

@@ -16,7 +16,13 @@ from PIL import Image
 
 from elit import ElitError
 from elit.cli import main
-from elit.commands.evaluate import evaluate_compare, evaluate_reference, evaluate_samples
+from elit.commands.evaluate import (
+    ReferenceOptions,
+    ScoreOptions,
+    evaluate_compare,
+    evaluate_reference,
+    evaluate_samples,
+)
 from elit.data import digits8
 from elit.data.pixels import to_uint8
 from elit.evaluation.classifier import Classifier, classify
@@ -53,7 +59,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def scores(files: Path, samples: object, out: Path, reference: object = "digits8:held-out") -> dict[str, object]:
-    found = evaluate_samples(str(samples), str(reference), "digits8", str(files / "weights.safetensors"), out=out)
+    found = evaluate_samples(
+        ScoreOptions(
+            samples=str(samples),
+            reference=str(reference),
+            extractor="digits8",
+            weights=str(files / "weights.safetensors"),
+            out=out,
+        )
+    )
     assert found is not None
     assert json.loads(out.read_text()) == found
     return found
@@ -78,7 +92,7 @@ def test_every_kind_of_samples_gives_the_same_scores(files: Path, tmp_path: Path
 
 def test_statistics_serve_as_well_as_images(files: Path, tmp_path: Path) -> None:
     weights = str(files / "weights.safetensors")
-    evaluate_reference("digits8:held-out", tmp_path / "ref.npz", "digits8", weights)
+    evaluate_reference(ReferenceOptions("digits8:held-out", tmp_path / "ref.npz", extractor="digits8", weights=weights))
     first = scores(files, files / "images", tmp_path / "a.json")
     second = scores(files, files / "images", tmp_path / "b.json", tmp_path / "ref.npz")
     assert first["scores"][NAME] == second["scores"][NAME]  # type: ignore[index]
@@ -187,4 +201,4 @@ def test_wrong_inputs(files: Path, tmp_path: Path) -> None:
     with pytest.raises(ElitError, match="is no result of elit evaluate"):
         evaluate_compare([tmp_path / "list.json"] * 2)
     with pytest.raises(ElitError, match=r"must be a \.npz file"):
-        evaluate_reference("digits8", tmp_path / "x.json", "digits8")
+        ReferenceOptions("digits8", tmp_path / "x.json")

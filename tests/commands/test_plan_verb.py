@@ -9,7 +9,7 @@ from PIL import Image
 from elit.analysis import calibration
 from elit.analysis.plan import Plan
 from elit.cli import main
-from elit.commands.plan import plan
+from elit.commands.plan import PlanOptions, make_plan
 from elit.errors import ElitError
 from tests.helpers.models import tiny
 
@@ -58,7 +58,7 @@ def test_planned_samples(tmp_path: Path, saved: str, capsys: pytest.CaptureFixtu
 
 def test_plan_in_a_folder_is_one_of_its_settings(tmp_path: Path, saved: str) -> None:
     # half of 64 steps: a busy machine may mistake the latency of a step by much, and there is still a plan
-    plan(saved, speedup=2, steps=64, measure=False, out=tmp_path / "plan.json")
+    make_plan(PlanOptions(model=saved, speedup=2, steps=64, measure=False, out=tmp_path / "plan.json"))
     command = ["sample", "--model", saved, "--out", str(tmp_path / "folder"), "--num-images", "2", "--batch-size", "2"]
     assert main([*command, "--plan", str(tmp_path / "plan.json")]) == 0
     settings = json.loads((tmp_path / "folder" / "settings.json").read_text())
@@ -72,20 +72,20 @@ def test_plan_in_a_folder_is_one_of_its_settings(tmp_path: Path, saved: str) -> 
         ({}, "give one target"),
         ({"gflops": 1.0, "speedup": 2.0}, "give one target"),
         ({"speedup": -1.0}, "speedup is -1.0; it must be above 0"),
-        ({"speedup": 2.0, "guidance": "none", "guidance_scale": 2.0}, "leave its scale"),
+        ({"speedup": 2.0, "guidance_budget": 0.25}, "guidance_budget is given without guidance"),
         ({"speedup": 2.0, "min_steps": 100}, "plans have up to 64 steps"),
         ({"speedup": 2.0, "data": "digits"}, "digits has samples of shape"),
     ],
 )
 def test_wrong_options_are_told(saved: str, options: dict[str, float], told: str) -> None:
     with pytest.raises(ElitError, match=told):
-        plan(saved, **options)  # type: ignore[arg-type]
+        make_plan(PlanOptions(model=saved, **options))  # type: ignore[arg-type]
 
 
 def test_plan_of_another_model_and_options_beside_a_plan_are_refused(
     tmp_path: Path, saved: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan(saved, speedup=2, steps=64, measure=False, out=tmp_path / "plan.json")
+    make_plan(PlanOptions(model=saved, speedup=2, steps=64, measure=False, out=tmp_path / "plan.json"))
     tiny(seed=1).save_pretrained(tmp_path / "other")
     command = ["sample", "--plan", str(tmp_path / "plan.json"), "--out", str(tmp_path / "x.png")]
     assert main([*command, "--model", str(tmp_path / "other")]) == 2

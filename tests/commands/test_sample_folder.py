@@ -18,8 +18,8 @@ from PIL import Image
 from elit import ElitError, create
 from elit.cli import main
 from elit.commands.bulk import label_of
-from elit.commands.sample import sample_images
 from elit.models import DiT
+from tests.helpers.commands import draw
 from tests.helpers.models import randomize
 
 COUNT, BATCH = 43, 8
@@ -113,7 +113,7 @@ def test_a_share_that_died_is_finished_by_another_number_of_processes(
 
 def test_images_do_not_depend_on_how_many_there_are(model: Path, tmp_path: Path) -> None:
     def run(count: int) -> Path:
-        return sample_images(str(model), tmp_path / "x", count, steps=3, batch_size=4, format="npz")
+        return draw(model, tmp_path / "x", count, steps=3, batch_size=4, format="npz")
 
     run(5)
     assert sorted(p.name for p in (tmp_path / "x").iterdir()) == [".lock", "samples.npz", "settings.json"]
@@ -131,7 +131,7 @@ def test_a_list_of_labels_can_grow(model: Path, tmp_path: Path) -> None:
     labels = [3, 1, 4, 1, 5, 9, 2]
 
     def run(folder: str, given: list[int]) -> np.ndarray:
-        sample_images(str(model), tmp_path / folder, len(given), given, steps=2, batch_size=4, format="npz")
+        draw(model, tmp_path / folder, len(given), labels=given, steps=2, batch_size=4, format="npz")
         archive = np.load(tmp_path / folder / "samples.npz")
         assert archive["arr_1"].tolist() == given
         return archive["arr_0"]
@@ -188,25 +188,25 @@ def test_presets_run_on_a_small_model_of_their_kind(preset: str, tmp_path: Path)
 
 def test_refusals(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "samples"
-    sample_images(str(model), out, 2, steps=2, batch_size=2)
+    draw(model, out, 2, steps=2, batch_size=2)
     with pytest.raises(ElitError, match="holds images with steps 2, not 3; take the same settings"):
-        sample_images(str(model), out, 2, steps=3, batch_size=2)
+        draw(model, out, 2, steps=3, batch_size=2)
     with pytest.raises(ElitError, match="batch_size 2, not 4"):
-        sample_images(str(model), out, 2, steps=2, batch_size=4)
+        draw(model, out, 2, steps=2, batch_size=4)
     with pytest.raises(ElitError, match="label 10 does not exist"):
-        sample_images(str(model), tmp_path / "new", 2, labels=[1, 10], steps=2)
+        draw(model, tmp_path / "new", 2, labels=[1, 10], steps=2)
     with pytest.raises(ElitError, match="threads is 0"):
-        sample_images(str(model), tmp_path / "new", 2, steps=2, threads=0)
+        draw(model, tmp_path / "new", 2, steps=2, threads=0)
     with pytest.raises(ElitError, match="there is no device 'abacus'"):
-        sample_images(str(model), tmp_path / "new", 2, steps=2, device="abacus")
+        draw(model, tmp_path / "new", 2, steps=2, device="abacus")
     assert not (tmp_path / "new").exists()
     with pytest.raises(ElitError, match="budget lists 2 values for 3 sampling steps"):
-        sample_images(str(model), tmp_path / "again", 2, steps=3, budget="0.5,1")
-    sample_images(str(model), tmp_path / "again", 2, steps=2, budget="0.5,1", batch_size=2)  # the folder is free
+        draw(model, tmp_path / "again", 2, steps=3, budget="0.5,1")
+    draw(model, tmp_path / "again", 2, steps=2, budget="0.5,1", batch_size=2)  # the folder is free
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(ElitError, match=r"is not empty and has no settings\.json"):
-        sample_images(str(model), tmp_path / "other", 2, steps=2)
+        draw(model, tmp_path / "other", 2, steps=2)
     (out / "settings.json").write_text("{")
     with pytest.raises(ElitError, match="is damaged"):
-        sample_images(str(model), out, 2, steps=2, batch_size=2)
+        draw(model, out, 2, steps=2, batch_size=2)

@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from elit import ElitError, load
-from elit.commands.sample import sample_images
 from elit.data.captions import WordVectors
 from elit.data.pixels import to_uint8
 from elit.flow import StageSchedule, sample
 from elit.interface import InterfaceConfig
 from elit.models import DFM, DFMConfig, MMDiT, MMDiTConfig
+from tests.helpers.commands import draw
 from tests.helpers.models import TINY, randomize, tiny
 
 
@@ -32,21 +32,21 @@ def of_text(tmp_path: Path) -> str:
 
 
 def test_clips_become_a_video(clips: str, tmp_path: Path) -> None:
-    out = sample_images(clips, tmp_path / "clips.gif", num_images=4, steps=2)
+    out = draw(clips, tmp_path / "clips.gif", num_images=4, steps=2)
     with Image.open(out) as video:
         assert video.n_frames == 2
     with pytest.raises(ElitError, match=r"makes clips: take \.gif or \.mp4"):
-        sample_images(clips, tmp_path / "clips.png", num_images=4, steps=2)
+        draw(clips, tmp_path / "clips.png", num_images=4, steps=2)
 
 
 def test_prompts_become_images(of_text: str, tmp_path: Path) -> None:
     prompts = ["a handwritten three", "a handwritten four"]
-    both = Image.open(sample_images(of_text, tmp_path / "both.png", 2, prompts=prompts, steps=2, guidance="cfg"))
-    same = Image.open(sample_images(of_text, tmp_path / "same.png", 2, prompts=prompts[:1], steps=2, guidance="cfg"))
+    both = Image.open(draw(of_text, tmp_path / "both.png", 2, prompts=prompts, steps=2, guidance="cfg"))
+    same = Image.open(draw(of_text, tmp_path / "same.png", 2, prompts=prompts[:1], steps=2, guidance="cfg"))
     assert both.size == same.size
     assert both.tobytes() != same.tobytes()
     with pytest.raises(ElitError, match=r"makes images: take \.png"):
-        sample_images(of_text, tmp_path / "both.gif", 2, prompts=prompts, steps=2)
+        draw(of_text, tmp_path / "both.gif", 2, prompts=prompts, steps=2)
 
 
 def test_prompts_of_a_folder_can_grow(of_text: str, tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_prompts_of_a_folder_can_grow(of_text: str, tmp_path: Path) -> None:
     out = tmp_path / "folder"
 
     def run(count: int, given: list[str], folder: Path = out) -> dict[str, bytes]:
-        sample_images(of_text, folder, count, prompts=given, steps=2, batch_size=2)
+        draw(of_text, folder, count, prompts=given, steps=2, batch_size=2)
         return {path.name: path.read_bytes() for path in folder.glob("*.png")}
 
     few = run(3, prompts[:3])
@@ -78,9 +78,9 @@ def test_prompts_of_a_folder_can_grow(of_text: str, tmp_path: Path) -> None:
 
 
 def test_one_prompt_for_all_of_a_folder(of_text: str, tmp_path: Path) -> None:
-    sample_images(of_text, tmp_path / "one", 2, prompts=["a three"], steps=2, batch_size=2)
-    sample_images(of_text, tmp_path / "one", 4, prompts=["a three"], steps=2, batch_size=2)
-    sample_images(of_text, tmp_path / "each", 4, prompts=["a three"] * 4, steps=2, batch_size=2)
+    draw(of_text, tmp_path / "one", 2, prompts=["a three"], steps=2, batch_size=2)
+    draw(of_text, tmp_path / "one", 4, prompts=["a three"], steps=2, batch_size=2)
+    draw(of_text, tmp_path / "each", 4, prompts=["a three"] * 4, steps=2, batch_size=2)
     assert len({path.read_bytes() for path in (tmp_path / "one").glob("*.png")}) == 4  # other seeds
     for path in (tmp_path / "one").glob("*.png"):
         with Image.open(path) as one, Image.open(tmp_path / "each" / path.name) as same:
@@ -98,21 +98,19 @@ def test_stages_of_a_multi_scale_model(tmp_path: Path) -> None:
     ]
     for i, (steps, thresholds, schedule) in enumerate(schedules):
         out = tmp_path / f"{i}"
-        sample_images(
-            str(tmp_path / "dfm"), out, 2, steps=steps, stage_thresholds=thresholds, batch_size=2, format="npz"
-        )
+        draw(tmp_path / "dfm", out, 2, steps=steps, stage_thresholds=thresholds, batch_size=2, format="npz")
         expected = to_uint8(sample(model, [0, 1], seeds=[0, 1], steps=schedule)).numpy()
         assert np.abs(np.load(out / "samples.npz")["arr_0"].astype(int) - expected).max() <= 1  # threads may differ
     with pytest.raises(ElitError, match="a stage schedule has one threshold less than stages, not 2 for 2"):
-        sample_images(str(tmp_path / "dfm"), tmp_path / "x", 2, steps=[1, 1], stage_thresholds=[0.1, 0.1])
+        draw(tmp_path / "dfm", tmp_path / "x", 2, steps=[1, 1], stage_thresholds=[0.1, 0.1])
     with pytest.raises(ElitError, match="the schedule has 3 stages; the model has 2"):
-        sample_images(str(tmp_path / "dfm"), tmp_path / "x", 2, steps=[1, 1, 1])
+        draw(tmp_path / "dfm", tmp_path / "x", 2, steps=[1, 1, 1])
 
 
 def test_prompts_that_do_not_fit(of_text: str, clips: str, tmp_path: Path) -> None:
     with pytest.raises(ElitError, match="2 prompts for 3 images: give one, or one per image, and no labels"):
-        sample_images(of_text, tmp_path / "x.png", 3, prompts=["a", "b"])
+        draw(of_text, tmp_path / "x.png", 3, prompts=["a", "b"])
     with pytest.raises(ElitError, match="give text"):
-        sample_images(of_text, tmp_path / "x.png", 1, steps=2)
+        draw(of_text, tmp_path / "x.png", 1, steps=2)
     with pytest.raises(ElitError, match="the model is conditioned by labels, not by text"):
-        sample_images(clips, tmp_path / "x.gif", 1, prompts=["a"], steps=2)
+        draw(clips, tmp_path / "x.gif", 1, prompts=["a"], steps=2)

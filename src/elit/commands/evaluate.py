@@ -1,16 +1,19 @@
 """`elit evaluate`: scores of samples against a reference; statistics of a reference; results side by side."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from elit.atomic import write_json
-from elit.commands.processes import this_process
+from elit.commands.options import DeviceOptions
+from elit.commands.processes import Process, this_process
 from elit.errors import ElitError
-from elit.evaluation.extractors import Resize, open_extractor
+from elit.evaluation.extractors import Extractor, Resize, open_extractor
 from elit.evaluation.features import Features
 from elit.evaluation.scores import differences, open_reference, save_reference, score
 from elit.evaluation.sources import open_images
@@ -19,30 +22,72 @@ ExtractorName = Literal["inception", "dinov2", "digits", "digits8"]
 DIGITS = 6  # of a number in a table
 
 
-def evaluate_samples(
-    samples: str,
-    reference: str,
-    extractor: ExtractorName = "inception",
-    weights: str | None = None,
-    fdd_resize: Resize = "float",
-    out: Path = Path("scores.json"),
-    device: str = "auto",
-    threads: int = 1,
-) -> dict[str, Any] | None:
-    """Score samples against a reference: FID, sFID, IS, precision, recall and KID, or FDD.
+@dataclass(kw_only=True)
+class ExtractorOptions(DeviceOptions):
+    """Which network computes the features that images are compared by.
 
-    Start it with torchrun or accelerate launch to use several GPUs. Features are kept in $ELIT_CACHE (default
-    ~/.cache/elit). See also: elit evaluate reference, elit evaluate compare.
+    Attributes:
+        extractor: inception for FID and its kin, dinov2 for FDD, or the classifier of a data set.
+        weights: file or folder of the weights of the extractor; by default those in the cache.
+        fdd_resize: how images are brought to the 224 pixels of dinov2, in floating point or by PIL.
+        threads: number of CPU threads of a process. Scores repeat to the last bit with the same number.
+    """
 
-    Args:
+    extractor: ExtractorName = "inception"
+    weights: str | None = None
+    fdd_resize: Resize = "float"
+    threads: int = 1
+
+    def open_extractor(self, device: torch.device) -> Extractor:
+        """Loads the network.
+
+        Raises:
+            ElitError: its weights are missing or damaged.
+        """
+        return open_extractor(self.extractor, self.weights, self.fdd_resize, device)
+
+
+@dataclass(kw_only=True)
+class ScoreOptions(ExtractorOptions):
+    """The options of `elit evaluate samples`.
+
+    Attributes:
         samples: a folder or zip of images, a .npz, or an embedded data set (digits, digits:held-out).
         reference: the same, or statistics: a .npz of the ADM suite or of elit evaluate reference.
-        extractor: inception for FID and its kin, dinov2 for FDD, or the classifier of a data set.
-        weights: those of the extractor; default those in the cache.
-        fdd_resize: how dinov2 gets its 224 pixels, float or pil.
-        out: the .json file of scores and protocol.
-        device: auto, cpu, cuda, ...
-        threads: of a process on the CPU; they are part of what makes results repeat to the last bit.
+        out: the .json file for scores and protocol.
+    """
+
+    samples: str
+    reference: str
+    out: Path = Path("scores.json")
+
+
+@dataclass
+class ReferenceOptions(ExtractorOptions):
+    """The options of `elit evaluate reference`.
+
+    Attributes:
+        source: a folder or zip of images, a .npz with arr_0, or an embedded data set.
+        out: the .npz file to write.
+
+    Raises:
+        ElitError: ``out`` is no .npz file.
+    """
+
+    source: str
+    out: Path
+
+    def __post_init__(self) -> None:
+        self.out = Path(self.out)
+        if self.out.suffix != ".npz":
+            raise ElitError(f"out is {self.out}; it must be a .npz file")
+
+
+def evaluate_samples(options: ScoreOptions) -> dict[str, Any] | None:
+    """Score samples against a reference: FID, sFID, IS, precision, recall and KID, or FDD.
+
+    Start it with torchrun or accelerate launch to use several GPUs. Features are kept in $ELIT_CACHE (by default
+    ~/.cache/elit).
 
     Returns:
         Scores, protocol and warnings; None where other processes have not finished their share (the last one scores).
@@ -50,57 +95,43 @@ def evaluate_samples(
     Raises:
         ElitError: images, a reference or weights that are missing or damaged, or do not belong together.
     """
-    process = this_process(device, threads)
-    network = open_extractor(extractor, weights, fdd_resize, process.device)
-    against = open_reference(reference, network)
-    ours = Features(open_images(samples), network)
-    theirs = Features(against.images, network) if against.images else None
+    process = this_process(options.device, options.threads)
+    extractor = options.open_extractor(process.device)
+    against = open_reference(options.reference, extractor)
+    ours = Features(open_images(options.samples), extractor)
+    theirs = Features(against.images, extractor) if against.images else None
     both = [ours] if theirs is None else [ours, theirs]
-    if not _compute(both, process.rank, process.total):
+    if not compute_features(both, process):
         return None
     result = score(ours, against, theirs)
-    write_json(out, result)
+    write_json(options.out, result)
     console = Console(soft_wrap=True, highlight=False)
-    _print_table([result], [samples])
+    print_scores([result], [options.samples])
     for warning in result["warnings"]:
         console.print(f"[yellow]{warning}[/yellow]")
-    console.print(f"scores and protocol in {out}")
+    console.print(f"scores and protocol in {options.out}")
+    console.print(f"next: elit evaluate compare {options.out} OTHER.json")
     return result
 
 
-def evaluate_reference(
-    source: str,
-    out: Path,
-    extractor: ExtractorName = "inception",
-    weights: str | None = None,
-    fdd_resize: Resize = "float",
-    device: str = "auto",
-    threads: int = 1,
-) -> Path | None:
+def evaluate_reference(options: ReferenceOptions) -> Path | None:
     """Write the statistics of reference images, in the layout of the ADM suite.
 
-    Args:
-        source: a folder or zip of images, a .npz with arr_0, or an embedded data set.
-        out: the .npz file to write.
-        extractor: whose features.
-        weights: those of the extractor; default those in the cache.
-        fdd_resize: how dinov2 gets its 224 pixels, float or pil.
-        device: auto, cpu, cuda, ...
-        threads: of a process on the CPU.
+    Returns:
+        The file; None where other processes have not finished their share (the last one writes).
 
     Raises:
         ElitError: images or weights that are missing or damaged, or a file that cannot be written.
     """
-    out = Path(out)
-    if out.suffix != ".npz":
-        raise ElitError(f"out is {out}; it must be a .npz file")
-    process = this_process(device, threads)
-    features = Features(open_images(source), open_extractor(extractor, weights, fdd_resize, process.device))
-    if not _compute([features], process.rank, process.total):
+    process = this_process(options.device, options.threads)
+    features = Features(open_images(options.source), options.open_extractor(process.device))
+    if not compute_features([features], process):
         return None
-    save_reference(features, out)
-    Console(soft_wrap=True, highlight=False).print(f"statistics of {features.images.count:,} images in {out}")
-    return out
+    save_reference(features, options.out)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"statistics of {features.images.count:,} images in {options.out}")
+    console.print(f"next: elit evaluate --samples SAMPLES --reference {options.out}")
+    return options.out
 
 
 def evaluate_compare(results: list[Path]) -> list[str]:
@@ -117,9 +148,9 @@ def evaluate_compare(results: list[Path]) -> list[str]:
     """
     if len(results) < 2:
         raise ElitError("give at least two results to compare")
-    found = [_read_result(Path(path)) for path in results]
+    found = [read_result(Path(path)) for path in results]
     names = [str(path) for path in results]
-    _print_table(found, names)
+    print_scores(found, names)
     reasons = differences(found, names)
     console = Console(soft_wrap=True, highlight=False)
     for reason in reasons or ["comparable: the same extractor, weights, resizing, reference, counts and definitions"]:
@@ -127,17 +158,22 @@ def evaluate_compare(results: list[Path]) -> list[str]:
     return reasons
 
 
-def _compute(parts: list[Features], rank: int, total: int) -> bool:
-    """Computes one's share of the features; whether all are there, and one is to go on with them."""
+def compute_features(parts: list[Features], process: Process) -> bool:
+    """Computes this process's share of the features, and returns whether it is the one to go on with all of them."""
     began_complete = not any(part.missing() for part in parts)
     for part in parts:
-        part.compute(lambda shard: shard % total == rank, progress=rank == 0)
+        part.compute(process.owns, progress=process.rank == 0)
     if began_complete:
-        return rank == 0
+        return process.rank == 0
     return not any(part.missing() for part in parts)
 
 
-def _read_result(path: Path) -> dict[str, Any]:
+def read_result(path: Path) -> dict[str, Any]:
+    """Reads a file of `elit evaluate`.
+
+    Raises:
+        ElitError: it cannot be read, or is something else.
+    """
     try:
         result = json.loads(path.read_text())
         result["scores"], result["protocol"]["extractor"]
@@ -148,7 +184,8 @@ def _read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def _print_table(results: list[dict[str, Any]], names: list[str]) -> None:
+def print_scores(results: list[dict[str, Any]], names: list[str]) -> None:
+    """Prints one column of scores for each result."""
     titles = list(dict.fromkeys(title for result in results for title in result["scores"]))
     table = Table("", *names)
     for title in titles:

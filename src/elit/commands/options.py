@@ -1,0 +1,140 @@
+"""The options that several verbs share, each described once.
+
+A verb's own dataclass inherits the groups that it needs, so that its options stay flat: ``--guidance-scale 2`` on the
+command line, ``guidance_scale: 2`` in a YAML file.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from elit.errors import ElitError
+from elit.flow import Guidance, StageSchedule
+from elit.flow.pyramid import THRESHOLD
+from elit.interface import Budget, BudgetByNoise
+
+GuidanceKind = Literal["none", "cfg", "ccfg", "ag"]
+
+
+@dataclass(kw_only=True)
+class DeviceOptions:
+    """Where a verb computes.
+
+    Attributes:
+        device: auto takes a GPU where there is one; or cpu, cuda, cuda:1, ...
+        threads: number of CPU threads of a process; by default PyTorch chooses.
+    """
+
+    device: str = "auto"
+    threads: int | None = None
+
+
+@dataclass(kw_only=True)
+class ModelOptions(DeviceOptions):
+    """Which model a verb uses, and where it computes.
+
+    Attributes:
+        model: a run directory, a saved model, a published .pt file or a Hub id.
+        weights: which weights of a run to take, the moving average (ema) or the raw ones.
+        path: the path between noise and data that the model was trained on.
+    """
+
+    model: str
+    weights: Literal["ema", "raw"] = "ema"
+    path: Literal["linear", "cosine"] = "linear"
+
+
+@dataclass(kw_only=True)
+class GuidanceOptions:
+    """How samples are guided.
+
+    Attributes:
+        guidance: cfg drops the class in the weak term, ag lowers its budget, and ccfg does both. By default cfg if a
+            scale is given, otherwise none.
+        guidance_scale: how strong the guidance is; 1 is no guidance. By default 4, and 2 in elit analyze.
+        guidance_budget: budget of the weak term of ccfg and ag; by default the lowest.
+        guidance_interval: guidance is on between these two times; noise is 1 and data is 0.
+    """
+
+    default_scale: ClassVar[float] = 4.0
+
+    guidance: GuidanceKind | None = None
+    guidance_scale: float | None = None
+    guidance_budget: float | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+
+    def make_guidance(self) -> Guidance | None:
+        """Returns the guidance, or None without any.
+
+        Raises:
+            ElitError: a weak budget without guidance, or see :class:`Guidance`.
+        """
+        kind = self.guidance or ("none" if self.guidance_scale is None else "cfg")
+        if self.guidance is None and kind == "none" and self.guidance_budget is not None:
+            raise ElitError("guidance_budget is given without guidance; add --guidance ccfg or ag")
+        if kind == "none":
+            return None
+        scale = self.default_scale if self.guidance_scale is None else self.guidance_scale
+        return Guidance(kind, scale, self.guidance_budget, self.guidance_interval)
+
+
+@dataclass(kw_only=True)
+class SamplerOptions(GuidanceOptions):
+    """How samples are drawn; a plan decides all of these.
+
+    Attributes:
+        steps: number of sampling steps; for a multi-scale model (DFM) also one number per stage, such as [30,20], with
+            the coarsest stage first.
+        stage_thresholds: of a multi-scale model, the time that each stage but the last reaches before the next one
+            begins; by default 0.1.
+        solver: euler, heun (second order, two evaluations a step) or sde (adds noise at each step).
+        budget: fraction of the latents in (0, 1], such as 0.25; or one per step, such as 0.25,0.5,1; or by noise level,
+            such as 0.25@0.5,1, a quarter while t > 0.5 and all of them afterwards. By default all latents.
+    """
+
+    steps: int | list[int] = 40
+    stage_thresholds: list[float] | None = None
+    solver: Literal["euler", "heun", "sde"] = "euler"
+    budget: float | str | None = None
+
+    def sampler_arguments(self) -> dict[str, Any]:
+        """Returns these options as arguments of :func:`elit.sample`.
+
+        Raises:
+            ElitError: an option that cannot be understood.
+        """
+        return {
+            "steps": parse_steps(self.steps, self.stage_thresholds),
+            "solver": self.solver,
+            "budget": parse_budget(self.budget),
+            "guidance": self.make_guidance(),
+        }
+
+
+def parse_budget(text: float | str | None) -> Budget | None:
+    """Reads a budget as it is typed: ``0.25``, ``0.25,0.5,1`` (one per step) or ``0.25@0.5,1`` (by noise level).
+
+    Raises:
+        ElitError: it is none of these.
+    """
+    if not isinstance(text, str):
+        return text
+    parts = [part.partition("@") for part in text.split(",")]
+    try:
+        budgets = [float(budget) for budget, _, _ in parts]
+        thresholds = [float(t) for _, at, t in parts if at]
+    except ValueError as error:
+        raise ElitError(f"budget is {text!r}; it is a number in (0, 1], or several such as 0.25,0.5,1") from error
+    return BudgetByNoise(thresholds, budgets) if thresholds else budgets
+
+
+def parse_steps(steps: int | list[int], thresholds: list[float] | None) -> int | StageSchedule:
+    """Returns the number of steps, or a schedule where the options say more about the stages of a multi-scale model.
+
+    Raises:
+        ElitError: see :class:`StageSchedule`.
+    """
+    if isinstance(steps, int) and thresholds is None:
+        return steps
+    if isinstance(steps, int):
+        steps = list(StageSchedule.even(steps, len(thresholds or []) + 1).steps)
+    return StageSchedule(steps, [THRESHOLD] * (len(steps) - 1) if thresholds is None else thresholds)
