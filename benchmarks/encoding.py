@@ -20,7 +20,7 @@ from elit.analysis.environment import environment
 from elit.data import ImageFolder
 from elit.data.autoencoder import load_autoencoder, posterior
 from elit.data.encode import PixelBatches
-from elit.data.images import to_signed
+from elit.data.pixels import from_uint8
 from elit.launch import default_device
 
 
@@ -65,7 +65,7 @@ def encode_rate(source: str | None, resolution: int, batch_size: int, batches: i
     for i in range(batches + 1):
         if i == 1:
             start = time.perf_counter()
-        mean, std = posterior(to_signed(pixels.to(device)), autoencoder)
+        mean, std = posterior(from_uint8(pixels.to(device)), autoencoder)
         mean.cpu(), std.cpu()
     return batches * batch_size / (time.perf_counter() - start)
 

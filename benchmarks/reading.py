@@ -12,7 +12,7 @@ import torch
 from jsonargparse import auto_cli
 
 from elit.analysis.environment import environment
-from elit.data import Data, batch_indices, open_data
+from elit.data import Data, open_data, sample_indices
 from elit.seeding import derive_seed
 
 
@@ -40,7 +40,7 @@ def times_of_a_batch(data: Data, batch_size: int, batches: int) -> tuple[float, 
     waited, worked = [], []
     for step in range(batches + 1):
         start, before = time.perf_counter(), time.process_time()
-        data.batch(batch_indices(0, step, batch_size, len(data)), derive_seed(0, "data", step))
+        data.batch(sample_indices(0, step * batch_size, batch_size, len(data)), derive_seed(0, "data", step))
         waited.append(time.perf_counter() - start)
         worked.append(time.process_time() - before)
     return median(waited[1:]), median(worked[1:])

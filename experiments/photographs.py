@@ -26,7 +26,7 @@ def whole() -> list[Tensor]:
     """The photographs at half their size, (3, H, W) in [-1, 1]."""
     with Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)) as portrait:
         images = [*map(Image.fromarray, load_sample_images().images), portrait.convert("RGB")]
-    return [from_uint8(torch.tensor(np.asarray(image.reduce(2)))[None])[0] for image in images]
+    return [from_uint8(torch.tensor(np.asarray(image.reduce(2)))).permute(2, 0, 1) for image in images]
 
 
 @lru_cache(maxsize=2)

@@ -1,4 +1,4 @@
-"""What weights are, in 16 digits."""
+"""The identity of weights."""
 
 import hashlib
 
@@ -6,11 +6,18 @@ import torch
 from torch import nn
 
 
-def weights_digest(*modules: nn.Module | None) -> str:
-    """The first 16 digits of the SHA-256 of the names and values of all weights."""
+def weights_digest(*modules: nn.Module | None, digits: int = 16) -> str:
+    """Returns the first digits of the SHA-256 of the names and values of all weights.
+
+    The same weights have the same digest under any file name and on any device.
+
+    Args:
+        modules: in this order; None is skipped.
+        digits: how many of the 64 hexadecimal digits.
+    """
     digest = hashlib.sha256()
     for module in modules:
-        for name, value in (module.state_dict() if module is not None else {}).items():
+        for name, value in sorted(module.state_dict().items()) if module is not None else ():
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:digits]

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from elit import ElitError
-from elit.data.autoencoder import commit_of, decode, load_autoencoder, posterior, scaling, weights_hash
+from elit.data.autoencoder import commit_of, decode, load_autoencoder, posterior, scaling
+from elit.digest import weights_digest
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +53,9 @@ def test_posterior_and_its_scaling(saved: Path) -> None:
 def test_an_autoencoder_is_known_by_its_weights(saved: Path, tmp_path: Path) -> None:
     autoencoder = load_autoencoder(saved)
     autoencoder.save_pretrained(tmp_path)
-    assert weights_hash(load_autoencoder(tmp_path)) == weights_hash(autoencoder)
+    assert weights_digest(load_autoencoder(tmp_path)) == weights_digest(autoencoder)
     next(autoencoder.parameters()).data[0] += 1e-3
-    assert weights_hash(load_autoencoder(tmp_path)) != weights_hash(autoencoder)
+    assert weights_digest(load_autoencoder(tmp_path)) != weights_digest(autoencoder)
 
 
 def test_commit_of_an_autoencoder_of_the_hub(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

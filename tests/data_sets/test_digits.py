@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from elit import ElitError
-from elit.data import batch_indices, digits, digits8, open_data
+from elit.data import digits, digits8, open_data, sample_indices
 from elit.data.digits import HELD_OUT, OFFSETS
 
 
@@ -48,14 +48,14 @@ def test_unknown_data() -> None:
 @given(seed=st.integers(0, 9), batch_size=st.integers(1, 20), length=st.integers(1, 30))
 def test_every_epoch_visits_everything_once(seed: int, batch_size: int, length: int) -> None:
     steps = -(-3 * length // batch_size)
-    visited = torch.cat([batch_indices(seed, step, batch_size, length) for step in range(steps)])
+    visited = torch.cat([sample_indices(seed, step * batch_size, batch_size, length) for step in range(steps)])
     for epoch in range(3):
         part = visited[epoch * length : (epoch + 1) * length]
         assert torch.equal(part.sort().values, torch.arange(length))
 
 
 def test_order_depends_on_the_seed_and_the_epoch() -> None:
-    first, second = batch_indices(0, 0, 100, 100), batch_indices(0, 1, 100, 100)
+    first, second = sample_indices(0, 0, 100, 100), sample_indices(0, 100, 100, 100)
     assert not torch.equal(first, second)
-    assert not torch.equal(first, batch_indices(1, 0, 100, 100))
-    assert torch.equal(first, batch_indices(0, 0, 100, 100))
+    assert not torch.equal(first, sample_indices(1, 0, 100, 100))
+    assert torch.equal(first, sample_indices(0, 0, 100, 100))

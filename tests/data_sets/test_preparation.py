@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from elit import ElitError
 from elit.commands.prepare import prepare_convert, prepare_encode, prepare_verify
-from elit.data import Data, EncodedFolder, ImageFolder, LatentShards, PublishedLatents, batch_indices, open_data
+from elit.data import Data, EncodedFolder, ImageFolder, LatentShards, PublishedLatents, open_data, sample_indices
 from elit.data.sources import find_images
 from tests.helpers.pictures import write_pictures
 from tests.helpers.small_autoencoder import save_autoencoder
@@ -263,7 +263,7 @@ def test_the_published_layout_gives_the_same_batches(
 
 def batch(data: Data, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """As the trainer asks for it."""
-    return data.batch(batch_indices(0, step, 16, len(data)), step)
+    return data.batch(sample_indices(0, 16 * step, 16, len(data)), step)
 
 
 def test_encoding_on_the_fly_gives_the_same_batches(prepared: Prepared) -> None:

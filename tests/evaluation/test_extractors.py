@@ -1,6 +1,7 @@
 """Networks against other code, with random weights in their true format."""
 
 import io
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from elit import ElitError
+from elit.commands.evaluate import ExtractorOptions
 from elit.evaluation.classifier import Classifier
 from elit.evaluation.extractors import INCEPTION_FILE, Extractor, dinov2, inception, open_extractor
 from elit.models.files import write_tensors
@@ -89,6 +91,66 @@ def test_dinov2_is_the_class_token_of_transformers(tmp_path: Path) -> None:
         torch.testing.assert_close(found["pil"][i], output.pooler_output[0], atol=1e-5, rtol=1e-4)
     assert not torch.equal(found["pil"], found["float"])
     torch.testing.assert_close(found["pil"], found["float"], atol=0.05, rtol=0.05)  # the bytes' rounding apart
+
+
+def test_the_literature_resizes_for_dinov2_in_bytes() -> None:
+    """As dgm-eval does, whose numbers are the published ones."""
+    for function, name in ((dinov2, "resize"), (open_extractor, "fdd_resize"), (ExtractorOptions, "fdd_resize")):
+        assert signature(function).parameters[name].default == "pil"
+
+
+def test_inception_sees_299_pixels_as_tensorflow_1_makes_them(network: Any, ours: Extractor, pixels: Tensor) -> None:
+    """Against its definition: corner (0, 0) stays, every other one is a weighted mean of its four neighbours."""
+    seen: list[Tensor] = []
+    hook = network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    network(pixels.permute(0, 3, 1, 2))
+    hook.remove()
+    images = pixels.double().numpy()
+    size, scale = images.shape[1], images.shape[1] / 299
+    expected = np.zeros((2, 299, 299, 3))
+    for row in range(299):
+        for column in range(299):
+            y, x = row * scale, column * scale
+            top, left = int(y), int(x)
+            below, right, b, r = min(top + 1, size - 1), min(left + 1, size - 1), y - top, x - left
+            upper = images[:, top, left] * (1 - r) + images[:, top, right] * r
+            lower = images[:, below, left] * (1 - r) + images[:, below, right] * r
+            expected[:, row, column] = upper * (1 - b) + lower * b
+    found = seen[0].permute(0, 2, 3, 1).double().numpy()
+    np.testing.assert_allclose(found, (expected - 128) / 128, atol=2e-5)  # of float32 positions up to 40
+    pool = ours(pixels)["pool"]
+    torch.testing.assert_close(pool, network(pixels.permute(0, 3, 1, 2))[0])
+
+
+def test_features_are_of_full_float32_whatever_the_process_has_chosen() -> None:
+    """Convolutions of GPUs use TF32 by default, with 10 bits; what was chosen is as before afterwards."""
+    inside: list[tuple[bool, str]] = []
+
+    def network(pixels: Tensor) -> dict[str, Tensor]:
+        inside.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+        return {"x": pixels.float()}
+
+    extractor = Extractor("x", "0", "cpu", "none", {}, None, None, network)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    assert before[1]
+    try:
+        torch.set_float32_matmul_precision("high")
+        extractor(torch.zeros(1, 2, 2, 3, dtype=torch.uint8))
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+    assert inside == [(False, "highest")]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_features_of_a_gpu_are_those_of_the_cpu(network: Any, pixels: Tensor, tmp_path: Path) -> None:
+    torch.save(network.state_dict(), tmp_path / INCEPTION_FILE)
+    cpu, gpu = (inception(tmp_path / INCEPTION_FILE, device) for device in ("cpu", "cuda"))
+    assert (cpu.device, gpu.device) == ("cpu", "cuda")
+    on_cpu, on_gpu = cpu(pixels), gpu(pixels)
+    for name, expected in on_cpu.items():
+        error = (on_gpu[name] - expected).norm() / expected.norm()
+        assert error < 1e-5, name  # of float32; TF32 gives 1e-3
 
 
 def test_classifier_from_a_file(tmp_path: Path) -> None:

@@ -89,14 +89,12 @@ def test_moments_are_equal_to_the_last_bit_for_any_batch_sizes(sizes: list[int])
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 2 * BLOCK), st.integers(0, 3))
-def test_moments_merge_and_do_not_depend_on_the_order(cut: int, seed: int) -> None:
+@given(st.integers(0, 3))
+def test_moments_do_not_depend_on_the_order(seed: int) -> None:
     x = features(2 * BLOCK + 100, 4, seed)
     expected = moments(x)
-    merged = running(x[:cut])
-    merged.merge(running(x[cut:]))
     shuffled = running(x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))])
-    for found in (merged.moments(), shuffled.moments(), running(x).moments()):
+    for found in (shuffled.moments(), running(x).moments()):
         torch.testing.assert_close(found.mean, expected.mean, rtol=1e-11, atol=1e-11)
         torch.testing.assert_close(found.covariance, expected.covariance, rtol=1e-11, atol=1e-11)
 

@@ -12,7 +12,7 @@ from elit.data.flipped import Flipped
 from elit.data.folder import ImageFolder
 from elit.data.latents import INDEX, PUBLISHED, EncodedFolder, LatentData, LatentShards, PublishedLatents
 from elit.data.moving import moving_digits
-from elit.data.order import batch_indices, sample_indices
+from elit.data.order import sample_indices
 from elit.data.remote import local_copy
 from elit.data.text import WORDS, open_encoder
 from elit.errors import ElitError
@@ -90,7 +90,6 @@ __all__ = [
     "ImageFolder",
     "LatentShards",
     "PublishedLatents",
-    "batch_indices",
     "captioned_digits",
     "digits",
     "digits8",

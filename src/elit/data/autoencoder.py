@@ -1,6 +1,5 @@
 """Autoencoders of diffusers: images to latents and back."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from elit.errors import ElitError
 
 
 def load_autoencoder(source: str | Path, channels: int | None = None, revision: str | None = None) -> Any:
-    """An autoencoder of diffusers (``AutoencoderKL``, or for video ``AutoencoderKLCogVideoX``).
+    """Loads an autoencoder of diffusers (``AutoencoderKL``, or for video ``AutoencoderKLCogVideoX``).
 
     Args:
         source: a local folder, a Hub id, or OWNER/NAME/FOLDER for one that is part of a pipeline, such as
@@ -41,7 +40,7 @@ def load_autoencoder(source: str | Path, channels: int | None = None, revision: 
 
 
 def commit_of(source: str | Path, revision: str | None = None) -> str | None:
-    """The commit of an autoencoder that was loaded from the Hub; None of a local folder."""
+    """Returns the commit of an autoencoder that was loaded from the Hub, and None for a local folder."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(source).exists():
@@ -51,32 +50,23 @@ def commit_of(source: str | Path, revision: str | None = None) -> str | None:
 
 
 def scaling(autoencoder: Any) -> tuple[float, float]:
-    """Its scale and shift: models see ``(latents - shift) * scale``."""
+    """Returns scale and shift of an autoencoder: models see ``(latents - shift) * scale``."""
     config = autoencoder.config
     return config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
 
 
-def weights_hash(autoencoder: Any) -> str:
-    """SHA-256 over its weights: the same autoencoder under any name."""
-    digest = hashlib.sha256()
-    for name, value in sorted(autoencoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 @torch.inference_mode()
 def posterior(images: Tensor, autoencoder: Any) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation (B, C, h, w) of their latents, not scaled."""
+    """Encodes images (B, 3, H, W) in [-1, 1] to mean and standard deviation (B, C, h, w) of latents, not scaled."""
     latents = autoencoder.encode(images.to(autoencoder.device, autoencoder.dtype)).latent_dist
     return latents.mean, latents.std
 
 
 @torch.inference_mode()
 def decode(latents: Tensor, autoencoder: Any, batch_size: int = 8) -> Tensor:
-    """Scaled latents (B, C, h, w), as models see them -> images (B, 3, H, W) in [-1, 1], on the latents' device.
+    """Decodes latents (B, C, h, w), scaled as models see them, to images (B, 3, H, W) in [-1, 1] on the same device.
 
-    Of video, latents (B, C, t, h, w) -> clips (B, 3, T, H, W).
+    Latents of video (B, C, t, h, w) become clips (B, 3, T, H, W).
     """
     scale, shift = scaling(autoencoder.to(latents.device))
     parts = (latents / scale + shift).split(batch_size)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
+from elit.data.pixels import from_uint8
 from elit.data.sources import CAPTIONS, captions_of
 from elit.errors import ElitError
 
@@ -91,7 +92,7 @@ class ClipFolder:
         taken = images[start : start + needed : self.stride]
         fitted = [ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC) for image in taken]
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in fitted]))  # (T, H, W, 3)
-        return pixels.permute(3, 0, 1, 2) / 127.5 - 1
+        return from_uint8(pixels.permute(3, 0, 1, 2))
 
 
 def _videos_in(folder: Path) -> list[Path]:

@@ -9,8 +9,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from elit.atomic import atomic_file, write_json
-from elit.data.images import TRANSFORMS, CorruptImageError, read_rgb
 from elit.data.sources import CAPTIONS, LABELS, SETTINGS, Source, fingerprint, read_bytes
+from elit.data.transforms import TRANSFORMS, CorruptImageError, read_rgb
 from elit.errors import ElitError
 
 REPORT = "report.json"

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from elit.atomic import atomic_file, make_folder, write_json
-from elit.data.autoencoder import posterior, scaling, weights_hash
+from elit.data.autoencoder import posterior, scaling
 from elit.data.folder import ImageFolder
-from elit.data.images import to_signed
 from elit.data.latents import INDEX, read_index
+from elit.data.pixels import from_uint8
 from elit.data.sources import fingerprint
+from elit.digest import weights_digest
 from elit.errors import ElitError
 from elit.launch import rank_and_world_size
 
@@ -94,7 +95,7 @@ class Encoding:
             "num_classes": images.num_classes,
             "autoencoder": name,
             "revision": revision,
-            "weights_sha256": weights_hash(autoencoder),
+            "weights_sha256": weights_digest(autoencoder, digits=64),
             "scaling_factor": scale,
             "shift_factor": shift,
             "flips": flips,
@@ -143,7 +144,7 @@ class Encoding:
         pixels = pixels.to(self.autoencoder.device, non_blocking=True)
         if self.settings["flips"]:
             pixels = torch.stack((pixels, pixels.flip(-1)), dim=1).flatten(0, 1)
-        mean, std = posterior(to_signed(pixels), self.autoencoder)
+        mean, std = posterior(from_uint8(pixels), self.autoencoder)
         return mean.to(self.dtype).cpu(), std.to(self.dtype).cpu()
 
     def _write(self, shard: int, mean: Tensor, std: Tensor) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from elit.data.images import CorruptImageError, read_rgb, to_pixels, to_signed
+from elit.data.pixels import from_uint8
 from elit.data.sources import find_images, read_bytes
+from elit.data.transforms import CorruptImageError, read_rgb, to_pixels
 from elit.errors import ElitError
 
 READERS = 8  # threads; Pillow decodes outside of the interpreter's lock
@@ -40,7 +41,7 @@ class ImageFolder:
 
     def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
         """Images (B, 3, R, R) in [-1, 1] and labels (B,). There is no chance in them."""
-        return to_signed(self.pixels(indices)), self.labels[indices]
+        return from_uint8(self.pixels(indices)), self.labels[indices]
 
     def pixels(self, indices: Tensor) -> Tensor:
         """Images as bytes (B, 3, R, R), read by several threads."""

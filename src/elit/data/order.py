@@ -10,17 +10,12 @@ from elit import seeding
 
 @lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, length: int) -> Tensor:
-    """The order of one epoch: (length,) indices."""
+    """Returns the order of one epoch: (length,) indices."""
     return seeding.permutation(seeding.generator(seed, "epoch", epoch), length)
 
 
-def batch_indices(seed: int, step: int, batch_size: int, length: int) -> Tensor:
-    """Indices (batch_size,) of one training step, where all steps have the same batch size."""
-    return sample_indices(seed, step * batch_size, batch_size, length)
-
-
 def sample_indices(seed: int, start: int, count: int, length: int) -> Tensor:
-    """Indices (count,) of the samples that training sees after ``start`` others.
+    """Returns the indices (count,) of the samples that training sees after ``start`` others.
 
     Epochs follow each other without a gap: a batch may end one and begin the next.
     """

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from elit.data.images import CorruptImageError
+from elit.data.transforms import CorruptImageError
 from elit.errors import ElitError
 
 LABELS, CAPTIONS = "dataset.json", "metadata.jsonl"

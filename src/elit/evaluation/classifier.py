@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elit.data import Data, batch_indices
+from elit.data import Data, sample_indices
 from elit.seeding import generator, normal, torch_seeded
 
 
@@ -38,7 +38,7 @@ def train_classifier(data: Data, seed: int = 0, steps: int = 1000, batch_size: i
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
     for step in range(steps):
-        x, y = data.batch(batch_indices(seed, step, batch_size, len(data)))
+        x, y = data.batch(sample_indices(seed, step * batch_size, batch_size, len(data)))
         x = x + 0.05 * normal(generator(seed, "jitter", step), x.shape)
         loss = F.cross_entropy(model(x)[0], y)
         optimizer.zero_grad()

@@ -2,7 +2,8 @@
 
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,16 +28,19 @@ SPATIAL_CHANNELS = 7  # sFID of the ADM suite: the first channels of a 17x17 gri
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Resize = Literal["float", "pil"]
-Features = dict[str, Tensor]
+PRECISION = "float32"  # of every feature, on every device
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """Bytes (B, H, W, 3) -> named features (B, F), float32 on the CPU.
+    """Computes named features (B, F), float32 on the CPU, from bytes (B, H, W, 3).
+
+    The network runs in full float32: TF32, which GPUs use for convolutions unless told otherwise, is off.
 
     Attributes:
         name: inception, dinov2, or a data set.
         weights: SHA-256 of the weights, 16 digits.
+        device: where the network runs: cpu or cuda.
         resize: how images are brought to its size.
         frechet: which features a Frechet distance is of, by the name of the score.
         neighbours: features for precision, recall and KID; None for neither.
@@ -46,30 +50,52 @@ class Extractor:
 
     name: str
     weights: str
+    device: str
     resize: str
     frechet: dict[str, str]
     neighbours: str | None
     logits: str | None
-    network: Callable[[Tensor], Features]
+    network: Callable[[Tensor], dict[str, Tensor]]
 
     @torch.inference_mode()
-    def __call__(self, pixels: Tensor) -> Features:
-        return {name: value.float().cpu() for name, value in self.network(pixels).items()}
+    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+        with without_tf32():
+            return {name: value.float().cpu() for name, value in self.network(pixels).items()}
 
     def protocol(self) -> dict[str, Any]:
-        """What its features depend on."""
-        return {"extractor": self.name, "weights": self.weights, "resize": self.resize}
+        """Returns what the features depend on."""
+        return {
+            "extractor": self.name,
+            "weights": self.weights,
+            "resize": self.resize,
+            "device": self.device,
+            "precision": PRECISION,
+        }
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Makes convolutions and matrix products of float32 exact to float32 for the length of a ``with`` block."""
+    cudnn, before = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with cudnn.flags(enabled=cudnn.enabled, deterministic=cudnn.deterministic, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def open_extractor(
     name: str,
     weights: str | Path | None = None,
-    fdd_resize: Resize = "float",
+    fdd_resize: Resize = "pil",
     device: torch.device | str = "cpu",
 ) -> Extractor:
-    """An extractor by name.
+    """Opens an extractor by name.
 
     Args:
+        name: inception, dinov2, or an embedded data set.
+        fdd_resize: how dinov2 gets its 224 pixels: ``pil`` in bytes, as dgm-eval does, or ``float``.
         weights: their file (Inception, digits) or folder or Hub id (DINOv2); default the library's cache.
 
     Raises:
@@ -88,7 +114,7 @@ def open_extractor(
 
 
 def inception(weights: str | Path | None = None, device: torch.device | str = "cpu") -> Extractor:
-    """The network of FID: TensorFlow's of 2015-12-05 in the port of torch-fidelity.
+    """Opens the network of FID: TensorFlow's of 2015-12-05 in the port of torch-fidelity.
 
     ``pool`` (2048), ``spatial`` (2023: height, width, channel in this order) and ``logits`` (1008, without bias).
 
@@ -109,7 +135,7 @@ def inception(weights: str | Path | None = None, device: torch.device | str = "c
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
         raise ElitError(f"{path} does not hold the weights of Inception; {_where_inception()}") from error
 
-    def features(pixels: Tensor) -> Features:
+    def features(pixels: Tensor) -> dict[str, Tensor]:
         seen: list[Tensor] = []
         hook = network.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output))
         try:
@@ -121,7 +147,9 @@ def inception(weights: str | Path | None = None, device: torch.device | str = "c
 
     resize = "299 px, bilinear as TensorFlow 1 without antialias, in float32"
     frechet = {"fid": "pool", "sfid": "spatial"}
-    return Extractor("inception", weights_digest(network), resize, frechet, "pool", "logits", features)
+    return Extractor(
+        "inception", weights_digest(network), torch.device(device).type, resize, frechet, "pool", "logits", features
+    )
 
 
 def _find_inception() -> Path:
@@ -141,8 +169,8 @@ def _where_inception() -> str:
 # ------------------------------------------------------------------------------------------------ DINOv2
 
 
-def dinov2(source: str | Path = DINO, resize: Resize = "float", device: torch.device | str = "cpu") -> Extractor:
-    """DINOv2 ViT-L/14 without registers: the class token after the last norm, ``token`` (1024).
+def dinov2(source: str | Path = DINO, resize: Resize = "pil", device: torch.device | str = "cpu") -> Extractor:
+    """Opens DINOv2 ViT-L/14 without registers: the class token after the last norm, ``token`` (1024).
 
     Raises:
         ElitError: transformers or the weights are missing, or they are damaged.
@@ -150,7 +178,7 @@ def dinov2(source: str | Path = DINO, resize: Resize = "float", device: torch.de
     network = load_dinov2(source, "weights").to(device)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
 
-    def features(pixels: Tensor) -> Features:
+    def features(pixels: Tensor) -> dict[str, Tensor]:
         inputs = (_to_224(pixels, resize).to(device) - mean) / std
         return {"token": network(inputs).last_hidden_state[:, 0]}
 
@@ -158,6 +186,7 @@ def dinov2(source: str | Path = DINO, resize: Resize = "float", device: torch.de
     return Extractor(
         "dinov2",
         weights_digest(network),
+        torch.device(device).type,
         f"224 px, bicubic with antialias {described}",
         {"fdd": "token"},
         "token",
@@ -167,7 +196,7 @@ def dinov2(source: str | Path = DINO, resize: Resize = "float", device: torch.de
 
 
 def load_dinov2(source: str | Path, option: str) -> Any:
-    """A ``Dinov2Model`` of transformers, frozen.
+    """Loads a ``Dinov2Model`` of transformers, frozen.
 
     Args:
         source: a folder or a Hub id.
@@ -194,7 +223,7 @@ def load_dinov2(source: str | Path, option: str) -> Any:
 
 
 def _to_224(pixels: Tensor, resize: Resize) -> Tensor:
-    """Bytes (B, H, W, 3) -> (B, 3, 224, 224) in [0, 1]."""
+    """Resizes bytes (B, H, W, 3) to (B, 3, 224, 224) in [0, 1]."""
     if resize == "pil":
         small = [Image.fromarray(p.numpy()).resize((224, 224), Image.Resampling.BICUBIC) for p in pixels.contiguous()]
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in small]))
@@ -207,7 +236,7 @@ def _to_224(pixels: Tensor, resize: Resize) -> Tensor:
 
 
 def digit_features(data: str, weights: str | Path | None = None, device: torch.device | str = "cpu") -> Extractor:
-    """The classifier of an embedded data set, trained once and kept in the cache: ``features`` (64), ``logits``.
+    """Opens the classifier of an embedded data set, which is trained once and kept: ``features`` (64), ``logits``.
 
     Raises:
         ElitError: weights that are missing, damaged or not its own.
@@ -219,9 +248,18 @@ def digit_features(data: str, weights: str | Path | None = None, device: torch.d
     load_weights(network, read_tensors(path), path)
     network = network.to(device).eval().requires_grad_(False)
 
-    def features(pixels: Tensor) -> Features:
-        logits, values = network(from_uint8(pixels)[:, :1].to(device))
+    def features(pixels: Tensor) -> dict[str, Tensor]:
+        logits, values = network(from_uint8(pixels[..., :1].permute(0, 3, 1, 2)).to(device))
         return {"features": values, "logits": logits}
 
     frechet = {"frechet_distance": "features"}
-    return Extractor(data, weights_digest(network), "none; the first channel", frechet, "features", "logits", features)
+    return Extractor(
+        data,
+        weights_digest(network),
+        torch.device(device).type,
+        "none; the first channel",
+        frechet,
+        "features",
+        "logits",
+        features,
+    )

@@ -1,7 +1,8 @@
 """Features of all images of a source, in files of a cache that any number of processes fill together.
 
 A file holds a shard: SHARD images that follow each other. Inside, images meet the extractor in batches that are a
-function of their index, the last one filled up. So features do not depend on who computed them, or when.
+function of their index, the last one filled up. So features do not depend on which process computed them, or when. They
+do depend on the kind of device, by rounding; that is part of the key of the cache, so one result never mixes two kinds.
 """
 
 import hashlib
@@ -17,28 +18,28 @@ from elit.data.remote import cache_folder
 from elit.errors import ElitError
 from elit.evaluation.extractors import Extractor
 from elit.evaluation.frechet import Moments
-from elit.evaluation.sources import Images
+from elit.evaluation.image_set import ImageSet
 from elit.evaluation.statistics import RunningMoments
 from elit.models.files import read_tensors, write_tensors
 
 SHARD, BATCH = 512, 32
 
 
-class Features:
-    """Features of a source, on disk."""
+class CachedFeatures:
+    """The features of an image set by an extractor, kept on disk."""
 
-    def __init__(self, images: Images, extractor: Extractor) -> None:
+    def __init__(self, images: ImageSet, extractor: Extractor) -> None:
         self.images, self.extractor = images, extractor
         key = json.dumps([images.content, extractor.protocol(), torch.__version__, SHARD, BATCH])
         self.folder = cache_folder() / "features" / hashlib.sha256(key.encode()).hexdigest()[:32]
         self.shards = -(-images.count // SHARD)
 
     def missing(self) -> list[int]:
-        """Shards that nobody has computed."""
+        """Returns the shards that nobody has computed yet."""
         return [shard for shard in range(self.shards) if not self._file(shard).exists()]
 
     def compute(self, owns: Callable[[int], bool] = lambda shard: True, progress: bool = False) -> None:
-        """Computes the missing shards that are one's own.
+        """Computes the missing shards that this process owns.
 
         Raises:
             ElitError: images that cannot be read, or a cache that cannot be written.
@@ -55,11 +56,11 @@ class Features:
                 write_tensors(self._file(shard), {k: torch.cat([piece[k] for piece in pieces]) for k in pieces[0]})
 
     def read(self, name: str) -> Tensor:
-        """One kind of features of all images, (M, F)."""
+        """Reads one kind of features of all images, (M, F)."""
         return torch.cat(list(self.parts(name)))
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        """The same, shard by shard.
+        """Reads one kind of features shard by shard.
 
         Raises:
             ElitError: a damaged file of the cache.
@@ -71,7 +72,7 @@ class Features:
             yield tensors[name]
 
     def moments(self, name: str) -> Moments:
-        """Mean and covariance, in bounded memory."""
+        """Computes mean and covariance of one kind of features, in bounded memory."""
         running: RunningMoments | None = None
         for part in self.parts(name):
             running = running or RunningMoments(part.shape[1])

@@ -13,8 +13,9 @@ from elit import __version__
 from elit.atomic import atomic_file
 from elit.errors import ElitError
 from elit.evaluation.extractors import Extractor
-from elit.evaluation.features import Features
+from elit.evaluation.features import CachedFeatures
 from elit.evaluation.frechet import Moments, frechet_distance
+from elit.evaluation.image_set import ImageSet, open_image_set
 from elit.evaluation.metrics import (
     KID_SEED,
     KID_SUBSET_SIZE,
@@ -25,7 +26,6 @@ from elit.evaluation.metrics import (
     kernel_distance,
     precision_recall,
 )
-from elit.evaluation.sources import Images, open_images
 
 KEYS = ("mu", "sigma"), ("mu_s", "sigma_s")  # of the ADM suite, for the first and second Frechet distance
 DEFINITIONS = {
@@ -38,6 +38,7 @@ COMPARED = {  # what two results must have in common, and how to say it
     "extractor": "the extractor",
     "weights": "the weights of the extractor",
     "resize": "the resizing",
+    "precision": "the precision of features",
     "reference": "the reference",
     "samples": "the number of samples",
     "definitions": "the definition of the scores",
@@ -50,19 +51,19 @@ class Reference(NamedTuple):
     source: str
     content: str
     moments: dict[str, Moments]
-    images: Images | None
+    images: ImageSet | None
 
 
 def open_reference(source: str | Path, extractor: Extractor) -> Reference:
     """An ADM-style ``.npz`` with ``mu``, ``sigma``, ``mu_s``, ``sigma_s`` and/or ``arr_0``, or what
-    :func:`~elit.evaluation.sources.open_images` takes.
+    :func:`~elit.evaluation.image_set.open_image_set` takes.
 
     Raises:
         ElitError: nothing usable, or statistics of another extractor.
     """
     path = Path(source)
     if not (path.is_file() and path.suffix == ".npz"):
-        pictures = open_images(source)
+        pictures = open_image_set(source)
         return Reference(str(source), pictures.content, {}, pictures)
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -87,7 +88,7 @@ def open_reference(source: str | Path, extractor: Extractor) -> Reference:
     digest = hashlib.sha256()
     for name in sorted(found):
         digest.update(name.encode() + np.ascontiguousarray(found[name]).tobytes())
-    images = open_images(path) if has_images else None
+    images = open_image_set(path) if has_images else None
     digest.update((images.content if images else "").encode())
     return Reference(str(source), digest.hexdigest()[:16], moments, images)
 
@@ -103,12 +104,15 @@ def _check_protocol(path: Path, found: dict[str, np.ndarray], extractor: Extract
     except (ValueError, TypeError) as error:
         raise ElitError(f"{path} has a damaged protocol; write it again with elit evaluate reference") from error
     for key, value in extractor.protocol().items():
-        if saved.get(key) != value:
-            raise ElitError(f"{path} holds statistics with {key} {saved.get(key)!r}, not {value!r}")
+        if key != "device" and saved.get(key) != value:  # on another device features differ by rounding alone
+            raise ElitError(
+                f"{path} holds statistics with {key} {saved.get(key)!r}, not {value!r}; write it again with elit "
+                "evaluate reference"
+            )
     return saved
 
 
-def save_reference(features: Features, out: Path) -> None:
+def save_reference(features: CachedFeatures, out: Path) -> None:
     """Moments of all images as ``.npz``, in the layout of the ADM suite, with the protocol.
 
     Raises:
@@ -123,7 +127,7 @@ def save_reference(features: Features, out: Path) -> None:
         np.savez(file, **arrays)
 
 
-def score(samples: Features, reference: Reference, reference_features: Features | None) -> dict[str, Any]:
+def score(samples: CachedFeatures, reference: Reference, reference_features: CachedFeatures | None) -> dict[str, Any]:
     """All scores that an extractor gives, with their protocol.
 
     Args:

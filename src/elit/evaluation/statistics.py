@@ -31,14 +31,8 @@ class RunningMoments:
             for block in blocks[: len(blocks) - len(self._waiting)]:
                 self._merge_block(block)
 
-    def merge(self, other: "RunningMoments") -> None:
-        """Adds what another has seen; equal to the whole within float64 rounding."""
-        self._flush()
-        other._flush()
-        self._merge(other.count, other.mean, other.scatter)
-
     def moments(self) -> Moments:
-        """The covariance with M - 1.
+        """Returns mean and covariance, the latter with M - 1.
 
         Raises:
             ElitError: fewer than two rows.
@@ -49,7 +43,7 @@ class RunningMoments:
         return Moments(self.mean.clone(), self.scatter / (self.count - 1))
 
     def _flush(self) -> None:
-        """The last block, which may be short; what follows starts a new one."""
+        """Merges the last block, which may be short; rows that follow start a new one."""
         if self._waiting:
             self._merge_block(torch.cat(self._waiting))
             self._waiting = []
@@ -60,7 +54,7 @@ class RunningMoments:
         self._merge(len(block), mean, centred.T @ centred)
 
     def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        """Chan, Golub & LeVeque 1983."""
+        """Merges the moments of other rows (Chan, Golub & LeVeque 1983)."""
         if not count:
             return
         total = self.count + count

@@ -1,4 +1,4 @@
-"""Image files to square RGB images."""
+"""Reads image files, and crops and scales them to square RGB images."""
 
 import io
 from collections.abc import Callable
@@ -18,7 +18,7 @@ class CorruptImageError(ElitError):
 
 
 def read_rgb(data: bytes) -> Image.Image:
-    """The bytes of an image file, of any mode, as RGB: upright, what is transparent on white, 16 bits reduced to 8.
+    """Decodes an image file of any mode to RGB: upright, transparent parts on white, 16 bits reduced to 8.
 
     Raises:
         CorruptImageError: it cannot be decoded.
@@ -45,13 +45,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The largest central square, resized (Lanczos)."""
+    """Crops the largest central square and resizes it (Lanczos)."""
     side = min(image.size)
     return _cut(image, side).resize((size, size), Resampling.LANCZOS)
 
 
 def center_crop_wide(image: Image.Image, size: int) -> Image.Image:
-    """All of a wide image, resized (Lanczos) to the width and centered on black; a tall one as `center_crop`."""
+    """Resizes all of a wide image (Lanczos) and centers it on black; a tall one goes to :func:`center_crop`."""
     width, height = image.size
     if width <= height:
         return center_crop(image, size)
@@ -62,9 +62,9 @@ def center_crop_wide(image: Image.Image, size: int) -> Image.Image:
 
 
 def center_crop_dhariwal(image: Image.Image, size: int) -> Image.Image:
-    """Halved by area while at least twice the size, then resized (bicubic) so that the short side fits, then cropped.
+    """Halves an image by area while it has twice the size, resizes the short side (bicubic), and crops the center.
 
-    What the class-conditional ImageNet models are trained on (Dhariwal and Nichol, arXiv 2105.05233).
+    It is what the class-conditional ImageNet models are trained on (Dhariwal and Nichol, arXiv 2105.05233).
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
@@ -86,10 +86,5 @@ TRANSFORMS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """An RGB image -> bytes (3, H, W)."""
+    """Turns an RGB image into bytes (3, H, W)."""
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
-
-
-def to_signed(pixels: Tensor) -> Tensor:
-    """Bytes -> float32 in [-1, 1], what models and autoencoders see."""
-    return pixels.float() / 127.5 - 1

@@ -1,7 +1,6 @@
-"""Images to score, as bytes: a folder, a zip, an ADM-style ``.npz``, or an embedded data set."""
+"""Opens the images that are to be scored, as bytes: a folder, a zip, an ADM-style ``.npz``, or an embedded data set."""
 
 import hashlib
-import io
 import json
 import zipfile
 import zlib
@@ -12,21 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from elit.data import EMBEDDED, open_data
-from elit.data.images import CorruptImageError
 from elit.data.pixels import to_uint8
 from elit.data.sources import SUFFIXES, image_names, read_bytes
+from elit.data.transforms import CorruptImageError, read_rgb
 from elit.errors import ElitError
 
 SETTINGS = "settings.json"  # what `elit sample` writes beside its images
 
 
 @dataclass(frozen=True)
-class Images:
-    """Images that are read in slices.
+class ImageSet:
+    """Images to score, which are read in slices.
 
     Attributes:
         source: where they come from.
@@ -43,9 +41,11 @@ class Images:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def open_images(source: str | Path) -> Images:
-    """Images of a folder or zip (by name), of ``arr_0`` of an ``.npz``, or of an embedded data set (``digits``, and
-    ``digits:held-out`` for its other part).
+def open_image_set(source: str | Path) -> ImageSet:
+    """Opens the images of a folder or zip (sorted by name), of ``arr_0`` of an ``.npz``, or of an embedded data set.
+
+    Args:
+        source: a path, or the name of an embedded data set: ``digits``, and ``digits:held-out`` for its other part.
 
     Raises:
         ElitError: there are none, or they cannot be read.
@@ -74,16 +74,16 @@ def _settings(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _embedded(source: str, batch: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Images:
+def _embedded(source: str, batch: Callable[[Tensor], tuple[Tensor, Tensor]]) -> ImageSet:
     name, _, part = source.partition(":")
     count = len(open_data(name, held_out=bool(part)))
     pixels = _rgb(to_uint8(batch(torch.arange(count))[0]))
     content = hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()[:16]
-    return Images(source, count, content, lambda start, stop: pixels[start:stop])
+    return ImageSet(source, count, content, lambda start, stop: pixels[start:stop])
 
 
-def _pictures(source: Path, names: list[str]) -> Images:
-    """The images of a folder or zip, which are as large as its first."""
+def _pictures(source: Path, names: list[str]) -> ImageSet:
+    """Opens the images of a folder or zip, which must all have the size of the first."""
     digest = hashlib.sha256()
     for name in names:
         digest.update(hashlib.sha256(_read(source, name)).digest())
@@ -97,7 +97,7 @@ def _pictures(source: Path, names: list[str]) -> Images:
                 raise ElitError(f"images of {source} differ in size: {sizes}; bring them to one size first")
         return torch.stack(images)
 
-    return Images(str(source), len(names), digest.hexdigest()[:16], read, _settings(source))
+    return ImageSet(str(source), len(names), digest.hexdigest()[:16], read, _settings(source))
 
 
 def _read(source: Path, name: str) -> bytes:
@@ -108,18 +108,16 @@ def _read(source: Path, name: str) -> bytes:
 
 
 def _decode(source: Path, name: str) -> Tensor:
-    """Bytes (H, W, 3)."""
+    """Decodes an image to bytes (H, W, 3), in the way that training does."""
+    data = _read(source, name)
     try:
-        with Image.open(io.BytesIO(_read(source, name))) as image:
-            return torch.from_numpy(np.array(image.convert("RGB")))
-    except ElitError:
-        raise
-    except Exception as error:  # decoders raise exceptions of every kind on damaged files
-        raise ElitError(f"{source / name} is a damaged image; remove it or make it again") from error
+        return torch.from_numpy(np.array(read_rgb(data)))
+    except CorruptImageError as error:
+        raise ElitError(f"{source / name} is a damaged image ({error}); remove it or make it again") from error
 
 
-def _archive(path: Path) -> Images:
-    """``arr_0`` (M, H, W, 3) in slices, never as a whole."""
+def _archive(path: Path) -> ImageSet:
+    """Opens ``arr_0`` (M, H, W, 3), of which only the wanted slices are ever in memory."""
     member, shape, offset = _open_array(path, "arr_0")
     size = int(np.prod(shape[1:]))
 
@@ -134,11 +132,11 @@ def _archive(path: Path) -> Images:
     digest = hashlib.sha256()
     for start in range(0, shape[0], 256):
         digest.update(read(start, start + 256).contiguous().numpy().tobytes())
-    return Images(str(path), shape[0], digest.hexdigest()[:16], read, _settings(path.parent))
+    return ImageSet(str(path), shape[0], digest.hexdigest()[:16], read, _settings(path.parent))
 
 
 def _open_array(path: Path, name: str) -> tuple[Any, tuple[int, ...], int]:
-    """An array of bytes inside an ``.npz``: an open file, the shape, and where the data begin."""
+    """Opens an array of bytes inside an ``.npz``: returns an open file, the shape, and where the data begin."""
     try:
         member = zipfile.ZipFile(path).open(f"{name}.npy")  # noqa: SIM115 (it is read from for as long as the images)
         version = np.lib.format.read_magic(member)

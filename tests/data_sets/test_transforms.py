@@ -10,7 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from elit.data.images import TRANSFORMS, CorruptImageError, read_rgb, to_pixels, to_signed
+from elit.data.pixels import from_uint8
+from elit.data.transforms import TRANSFORMS, CorruptImageError, read_rgb, to_pixels
 from tests.helpers.pictures import MODES, encoded, smooth
 
 
@@ -180,4 +181,4 @@ def test_corrupt_images(data: bytes) -> None:
 
 def test_pixels() -> None:
     image = Image.fromarray(np.array([[[0, 51, 255]]], np.uint8))
-    torch.testing.assert_close(to_signed(to_pixels(image)).flatten(), torch.tensor([-1.0, -0.6, 1.0]))
+    torch.testing.assert_close(from_uint8(to_pixels(image)).flatten(), torch.tensor([-1.0, -0.6, 1.0]))
