@@ -1,5 +1,6 @@
 """Guidance against its definition, on a stand-in whose velocity is known and whose calls are written down."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -14,12 +15,16 @@ from tests.helpers.models import Recorder, tiny
 NULL = 10
 
 
-def answer(x: Tensor, t: Tensor, y: Tensor | None, budget: float | None) -> Tensor:
+def answer(x: Tensor, t: Tensor, y: Tensor | None, budget: Tensor) -> Tensor:
     """Depends on everything: a guided velocity shows which terms went into it."""
     of_class = torch.zeros(len(x)) if y is None else (y.float() + 1).sin()
-    of_budget = 1.0 if budget is None else budget
-    rest = (of_class + 0.3 * of_budget * (t + 0.5)).view(-1, 1, 1, 1)
-    return 0.2 * x * (1 + of_budget) + rest
+    rest = (of_class + 0.3 * budget * (t + 0.5)).view(-1, 1, 1, 1)
+    return 0.2 * x * (1 + budget.view(-1, 1, 1, 1)) + rest
+
+
+def each(budget: float | None) -> Tensor:
+    """The budget of two samples."""
+    return torch.full((2,), 1.0 if budget is None else budget)
 
 
 def first_velocity(model: Recorder, labels: list[int] | None, **options: Any) -> tuple[Tensor, Tensor]:
@@ -33,7 +38,7 @@ LABELS, ONES = [3, 7], torch.ones(2)
 CLASSES, NULLS = torch.tensor(LABELS), torch.tensor([NULL, NULL])
 
 
-@pytest.mark.parametrize("scale", [1.5, 4.0])
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 0.5, 1.5, 4.0])
 @pytest.mark.parametrize("budget", [None, 0.5])
 @pytest.mark.parametrize(
     ("guidance", "weak_label", "weak_budget"),
@@ -49,12 +54,12 @@ CLASSES, NULLS = torch.tensor(LABELS), torch.tensor([NULL, NULL])
 def test_guidance_is_its_definition(
     guidance: Guidance, weak_label: Tensor, weak_budget: float | str, budget: float | None, scale: float
 ) -> None:
-    """v_weak + w (v_cond - v_weak): cfg drops the class, ag lowers the budget, ccfg does both."""
+    """v_weak + w (v_cond - v_weak) at every w: cfg drops the class, ag lowers the budget, ccfg does both."""
     model = Recorder(answer)
     guided = Guidance(guidance.kind, scale, guidance.budget)
     noise, v = first_velocity(model, LABELS, budget=budget, guidance=guided)
-    strong = answer(noise, ONES, CLASSES, budget)
-    weak = answer(noise, ONES, weak_label, budget if weak_budget == "same" else weak_budget)  # type: ignore[arg-type]
+    strong = answer(noise, ONES, CLASSES, each(budget))
+    weak = answer(noise, ONES, weak_label, each(budget if weak_budget == "same" else weak_budget))  # type: ignore[arg-type]
     assert (strong - weak).abs().max() > 0.05
     torch.testing.assert_close(v, weak + scale * (strong - weak), rtol=0, atol=1e-5)  # float32 velocities
 
@@ -62,30 +67,30 @@ def test_guidance_is_its_definition(
 def test_no_guidance_is_the_model() -> None:
     model = Recorder(answer)
     noise, v = first_velocity(model, LABELS, budget=0.5)
-    torch.testing.assert_close(v, answer(noise, ONES, CLASSES, 0.5), rtol=0, atol=1e-6)
-    assert [(len(call.x), call.budget) for call in model.calls] == [(2, 0.5)]
+    torch.testing.assert_close(v, answer(noise, ONES, CLASSES, each(0.5)), rtol=0, atol=1e-6)
+    assert [(len(call.x), call.rows, call.levels) for call in model.calls] == [(2, [0, 1], [8, 8])]
 
 
 @pytest.mark.parametrize("kind", ["cfg", "ag", "ccfg"])
-@pytest.mark.parametrize("scale", [1.0, 0.5, 0.0, -1.0])
-def test_a_scale_of_one_or_less_is_off_and_costs_nothing(kind: Any, scale: float) -> None:
+def test_a_scale_of_one_is_off_and_costs_nothing(kind: Any) -> None:
     model = Recorder(answer)
-    noise, v = first_velocity(model, LABELS, guidance=Guidance(kind, scale))
-    torch.testing.assert_close(v, answer(noise, ONES, CLASSES, None), rtol=0, atol=1e-6)
-    assert len(model.calls) == 1
+    noise, v = first_velocity(model, LABELS, guidance=Guidance(kind, 1.0))
+    torch.testing.assert_close(v, answer(noise, ONES, CLASSES, each(None)), rtol=0, atol=1e-6)
+    assert [(len(call.x), call.rows) for call in model.calls] == [(2, [0, 1])]
 
 
-def evaluations(**options: Any) -> list[tuple[float, int, float | None]]:
-    """Time, batch and budget of every call of the model, 8 samples in one batch."""
+def evaluations(**options: Any) -> list[tuple[float, int, dict[int, int]]]:
+    """Of every evaluation, 8 samples in one batch: its time, how many were encoded, and how many went on at each level
+    of 16."""
     model = Recorder(answer)
     elit.sample(model, [0] * 8, **options)
-    return [(round(call.t[0].item(), 6), len(call.x), call.budget) for call in model.calls]
+    return [(round(call.t[0].item(), 6), len(call.x), dict(Counter(call.levels))) for call in model.calls]
 
 
-def test_cfg_is_one_call_of_twice_the_batch_and_the_others_are_two_calls() -> None:
-    assert evaluations(steps=1, guidance=Guidance("cfg", 2.0), budget=0.5) == [(1.0, 16, 0.5)]
-    assert evaluations(steps=1, guidance=Guidance("ccfg", 2.0), budget=0.5) == [(1.0, 8, 0.5), (1.0, 8, 1 / 16)]
-    assert evaluations(steps=1, guidance=Guidance("ag", 2.0, 0.25)) == [(1.0, 8, None), (1.0, 8, 0.25)]
+def test_terms_are_one_batch_and_autoguidance_is_encoded_once() -> None:
+    assert evaluations(steps=1, guidance=Guidance("cfg", 2.0), budget=0.5) == [(1.0, 16, {8: 16})]
+    assert evaluations(steps=1, guidance=Guidance("ccfg", 2.0), budget=0.5) == [(1.0, 16, {8: 8, 1: 8})]
+    assert evaluations(steps=1, guidance=Guidance("ag", 2.0, 0.25)) == [(1.0, 8, {16: 8, 4: 8})]
 
 
 def test_cfg_in_one_batch_is_two_passes() -> None:
@@ -119,20 +124,20 @@ def test_active_is_the_closed_interval() -> None:
 
 def test_every_step_has_its_own_budget() -> None:
     budgets = [1 / 16, 0.25, 0.5, 1.0]
-    assert evaluations(steps=4, budget=budgets) == [(1 - i / 4, 8, b) for i, b in enumerate(budgets)]
+    assert evaluations(steps=4, budget=budgets) == [(1 - i / 4, 8, {round(16 * b): 8}) for i, b in enumerate(budgets)]
     by_noise = elit.BudgetByNoise([0.5], [0.25, 1.0])
-    assert [b for _, _, b in evaluations(steps=4, budget=by_noise)] == [0.25, 0.25, 1.0, 1.0]
-    assert [b for _, _, b in evaluations(steps=4, budget=lambda t: t)] == [1.0, 0.75, 0.5, 0.25]
+    assert [levels for _, _, levels in evaluations(steps=4, budget=by_noise)] == [{4: 8}, {4: 8}, {16: 8}, {16: 8}]
+    assert [list(levels) for _, _, levels in evaluations(steps=4, budget=lambda t: t)] == [[16], [12], [8], [4]]
     # Heun evaluates twice within a step, both at the step's budget; the last step is Euler's
     calls = evaluations(steps=2, budget=[0.25, 0.5], solver="heun")
-    assert calls == [(1.0, 8, 0.25), (0.5, 8, 0.25), (0.5, 8, 0.5)]
+    assert calls == [(1.0, 8, {4: 8}), (0.5, 8, {4: 8}), (0.5, 8, {8: 8})]
 
 
 def test_budgets_of_both_terms_go_their_own_ways() -> None:
     calls = evaluations(steps=2, budget=[0.5, 1.0], guidance=Guidance("ccfg", 2.0, budget=0.25))
-    assert calls == [(1.0, 8, 0.5), (1.0, 8, 0.25), (0.5, 8, 1.0), (0.5, 8, 0.25)]
+    assert calls == [(1.0, 16, {8: 8, 4: 8}), (0.5, 16, {16: 8, 4: 8})]
     calls = evaluations(steps=2, budget=[0.5, 1.0], guidance=Guidance("cfg", 2.0))
-    assert calls == [(1.0, 16, 0.5), (0.5, 16, 1.0)]
+    assert calls == [(1.0, 16, {8: 16}), (0.5, 16, {16: 16})]
 
 
 def test_the_model_gets_its_own_dtype_and_float32_times() -> None:
@@ -182,6 +187,6 @@ def test_a_plain_model_has_no_lower_budget(kind: Any) -> None:
 def test_autoguidance_needs_no_class() -> None:
     model = Recorder(answer, num_classes=0)
     noise, v = first_velocity(model, None, guidance=Guidance("ag", 2.0, 0.25))
-    strong, weak = answer(noise, ONES, None, None), answer(noise, ONES, None, 0.25)
+    strong, weak = answer(noise, ONES, None, each(None)), answer(noise, ONES, None, each(0.25))
     torch.testing.assert_close(v, weak + 2 * (strong - weak), rtol=0, atol=1e-5)
-    assert [call.y for call in model.calls] == [None, None]
+    assert [call.y for call in model.calls] == [None]

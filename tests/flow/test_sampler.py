@@ -8,7 +8,7 @@ from torch import Tensor
 
 import elit
 from elit import ElitError, Guidance
-from elit.flow import StepInfo
+from elit.flow import SOLVERS, StepInfo, time_grid
 from elit.interface import InterfaceConfig
 from elit.seeding import generator, normal
 from tests.helpers.models import Recorder, tiny
@@ -166,7 +166,23 @@ def test_the_callback_is_told_every_step_of_every_batch() -> None:
     assert [(info.step, info.steps, len(info.x)) for info in seen] == [
         (0, 3, 4), (1, 3, 4), (2, 3, 4), (0, 3, 3), (1, 3, 3), (2, 3, 3),
     ]  # fmt: skip
-    assert [round(float(info.t), 6) for info in seen[:3]] == [0.666667, 0.333333, 0.0]
+    assert [info.samples for info in seen] == [[0, 1, 2, 3]] * 3 + [[4, 5, 6]] * 3
+    for info, t in zip(seen[:3], (2 / 3, 1 / 3, 0.0), strict=True):
+        torch.testing.assert_close(info.t, torch.full((4,), t, dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_the_callback_is_told_the_state_at_the_end_of_each_step(solver: str, steps: int) -> None:
+    """In float64, also where a step has two evaluations; and to be told changes nothing."""
+    seen: list[StepInfo] = []
+    model = Recorder(lambda x, t, y, budget: 0.3 * x)
+    end = elit.sample(model, [0, 0], steps=steps, solver=solver, callback=seen.append)
+    assert [(info.step, info.steps) for info in seen] == [(i, steps) for i in range(steps)]
+    assert all(info.x.dtype == torch.float64 for info in seen)
+    assert [info.t.tolist() for info in seen] == [[t, t] for t in time_grid(solver, steps)[1:].tolist()]
+    assert torch.equal(seen[-1].x.float(), end)
+    assert torch.equal(elit.sample(model, [0, 0], steps=steps, solver=solver), end)
 
 
 def test_a_bar_is_shown_on_request_only(capsys: pytest.CaptureFixture[str]) -> None:

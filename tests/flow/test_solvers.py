@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from elit import ElitError
-from elit.flow import PATHS, SOLVERS, Path, StepInfo, time_grid
+from elit.flow import PATHS, SOLVERS, Path, time_grid
+from elit.flow.solvers import Moment, Step
 
 MEAN, STD = 0.7, 0.4
-EVALUATIONS = {"euler": 1, "heun": 2, "sde": 1}
+Velocity = Callable[[Tensor, Tensor], Tensor]
 every_path = pytest.mark.parametrize("name", PATHS)
 
 
-def gaussian(path: Path) -> Callable[[Tensor, Tensor, int], Tensor]:
+def gaussian(path: Path) -> Velocity:
     """The velocity of the marginals of data N(MEAN, STD^2), whose flow is known: x_t moves with mean and width."""
 
-    def velocity(x: Tensor, t: Tensor, step: int) -> Tensor:
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
         alpha, sigma, d_alpha, d_sigma = path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t)
         variance = alpha**2 * STD**2 + sigma**2
         growth = (alpha * d_alpha * STD**2 + sigma * d_sigma) / variance
@@ -32,8 +33,31 @@ def no_draw(step: int) -> Tensor:
     raise AssertionError("a deterministic solver draws nothing")
 
 
-def solve(solver: str, path: Path, x: Tensor, steps: int) -> Tensor:
-    return SOLVERS[solver](gaussian(path), x, time_grid(solver, steps), path, no_draw)
+def solve(
+    solver: str,
+    velocity: Velocity,
+    x: Tensor,
+    steps: int,
+    path: Path = PATHS["linear"],
+    draw: Callable[[int], Tensor] = no_draw,
+    states: list[Tensor] | None = None,
+) -> Tensor:
+    """The state at t = 0 of states x (B,) that move by a velocity(x, t); those after each step go into ``states``."""
+    times = time_grid(solver, steps)
+    moments = [Moment(at, at.float(), at) for at in times[:, None].expand(-1, len(x))]
+    for i in range(steps):
+        step = Step(moments[i], moments[i + 1], i == steps - 1, path, lambda i=i: draw(i))  # type: ignore[misc]
+        solving, answer = SOLVERS[solver].step(x, step), None
+        while True:
+            try:
+                at, moment = solving.send(answer)  # type: ignore[arg-type]
+            except StopIteration as done:
+                x = done.value
+                break
+            answer = velocity(at, moment.state)
+        if states is not None:
+            states.append(x)
+    return x
 
 
 @every_path
@@ -42,7 +66,9 @@ def test_solvers_converge_to_the_exact_flow_at_their_order(solver: str, order: i
     """Heun's last step is Euler's; its local error is of second order too, so the global order stays 2."""
     x = torch.linspace(-3, 3, 13, dtype=torch.float64)
     exact = MEAN + STD * x  # the noise quantile is carried to the data quantile
-    errors = [(solve(solver, PATHS[name], x, steps) - exact).abs().max().item() for steps in (64, 128, 256, 512)]
+    path = PATHS[name]
+    ends = (solve(solver, gaussian(path), x, steps, path) for steps in (64, 128, 256, 512))
+    errors = [(end - exact).abs().max().item() for end in ends]
     for coarse, fine in zip(errors, errors[1:], strict=False):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)  # the next order's share at these steps
     assert errors[-1] < (3e-2 if order == 1 else 3e-4)
@@ -54,24 +80,18 @@ def test_a_straight_path_is_exact_in_any_number_of_steps(solver: str, steps: int
     """One datum: the velocity along each path is constant, which is why rectified flow needs few steps."""
     datum, x = torch.randn(2, 5, dtype=torch.float64)
 
-    def to_datum(x: Tensor, t: Tensor, step: int) -> Tensor:
-        return (x - datum) / t
-
-    end = SOLVERS[solver](to_datum, x, time_grid(solver, steps), PATHS["linear"], no_draw)
+    end = solve(solver, lambda x, t: (x - datum) / t, x, steps)
     torch.testing.assert_close(end, datum, rtol=0, atol=1e-14)
 
 
 def test_euler_and_heun_by_hand() -> None:
     x = torch.tensor([1.0], dtype=torch.float64)
 
-    def velocity(x: Tensor, t: Tensor, step: int) -> Tensor:
-        return x * t
-
     # two steps of 1/2 from t = 1: Euler x (1 - 1/2 * 1), then (1 - 1/2 * 1/2)
-    assert SOLVERS["euler"](velocity, x, time_grid("euler", 2), PATHS["linear"], no_draw).item() == 0.5 * 0.75
+    assert solve("euler", lambda x, t: x * t, x, 2).item() == 0.5 * 0.75
     # Heun: slopes 1 and 0.5 * 0.5 on the first step, then Euler
     first = 1 - 0.5 * (1 + 0.25) / 2
-    assert SOLVERS["heun"](velocity, x, time_grid("heun", 2), PATHS["linear"], no_draw).item() == first * 0.75
+    assert solve("heun", lambda x, t: x * t, x, 2).item() == first * 0.75
 
 
 # ------------------------------------------------------------------------------------------------ the SDE
@@ -83,18 +103,18 @@ def test_the_sde_keeps_the_marginals_of_a_gaussian(name: str) -> None:
     path, count, steps = PATHS[name], 100_000, 200
     draws = torch.Generator().manual_seed(0)
     x = torch.randn(count, generator=draws, dtype=torch.float64)
-    seen: list[StepInfo] = []
-    end = SOLVERS["sde"](
-        gaussian(path), x, time_grid("sde", steps), path,
-        lambda step: torch.randn(count, generator=draws, dtype=torch.float64), seen.append,
+    seen: list[Tensor] = []
+    end = solve(
+        "sde", gaussian(path), x, steps, path,
+        lambda step: torch.randn(count, generator=draws, dtype=torch.float64), seen,
     )  # fmt: skip
-    for info in (seen[19], seen[99], seen[179], seen[198]):
-        t = torch.as_tensor(info.t)
+    for step in (19, 99, 179, 198):
+        t, state = time_grid("sde", steps)[step + 1], seen[step]
         alpha, sigma = path.alpha(t), path.sigma(t)
         mean, variance = (alpha * MEAN).item(), (alpha**2 * STD**2 + sigma**2).item()
         # five standard errors (0.3 % of the width, 0.45 % of the variance) and the step's own error, some h = 0.5 %
-        assert info.x.mean().item() == pytest.approx(mean, abs=0.02 * variance**0.5)
-        assert info.x.var().item() == pytest.approx(variance, rel=0.03)
+        assert state.mean().item() == pytest.approx(mean, abs=0.02 * variance**0.5)
+        assert state.var().item() == pytest.approx(variance, rel=0.03)
     # the last step jumps from 0.04 to 0 without noise: a few per cent of the variance are missing by design
     assert end.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert end.var().item() == pytest.approx(STD**2, rel=0.1)
@@ -111,7 +131,7 @@ def test_the_sde_adds_noise_on_every_step_but_the_last() -> None:
 
     times = time_grid("sde", steps)
     v = torch.randn(4, dtype=torch.float64)
-    end = SOLVERS["sde"](lambda x, t, step: v, x, times, PATHS["linear"], draw)
+    end = solve("sde", lambda x, t: v, x, steps, draw=draw)
     assert asked == [0, 1, 2, 3]
     for step, (t, t_next) in enumerate(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)):
         x = x + (t_next - t) * (v - t * -(x + (1 - t) * v) / t)  # the published formulas, spelled out
@@ -125,31 +145,41 @@ def test_the_sde_adds_noise_on_every_step_but_the_last() -> None:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("steps", [1, 2, 10])
-def test_the_callback_is_told_every_step_in_float64(solver: str, steps: int) -> None:
-    seen: list[StepInfo] = []
-    evaluated: list[tuple[float, int]] = []
+def test_evaluations_are_at_the_start_of_a_step_and_for_heun_at_its_end_too(solver: str, steps: int) -> None:
+    evaluated: list[float] = []
 
-    def velocity(x: Tensor, t: Tensor, step: int) -> Tensor:
-        assert x.dtype == torch.float64
-        evaluated.append((t.item(), step))
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        assert x.dtype == t.dtype == torch.float64
+        evaluated.append(t[0].item())
         return torch.ones_like(x)
 
-    x, times = torch.zeros(3, dtype=torch.float64), time_grid(solver, steps)
-    end = SOLVERS[solver](velocity, x, times, PATHS["linear"], lambda step: torch.zeros_like(x), seen.append)
-    assert [info.step for info in seen] == list(range(steps))
-    assert {info.steps for info in seen} == {steps}
-    assert [float(info.t) for info in seen] == times[1:].tolist()
-    assert seen[-1].x is end
-    assert all(info.x.dtype == torch.float64 for info in seen)
-    again = SOLVERS[solver](velocity, x, times, PATHS["linear"], lambda step: torch.zeros_like(x), None)
-    assert torch.equal(again, end)
-    first_run = evaluated[: len(evaluated) // 2]
+    x = torch.zeros(3, dtype=torch.float64)
+    end = solve(solver, velocity, x, steps, draw=lambda step: torch.zeros_like(x))
+    assert end.dtype == torch.float64
     expected = []
-    for step in range(steps):
-        expected.append((times[step].item(), step))
-        if EVALUATIONS[solver] == 2 and step < steps - 1:
-            expected.append((times[step + 1].item(), step))
-    assert first_run == expected
+    for step, (t, t_next) in enumerate(zip(*(time_grid(solver, steps).tolist()[i:] for i in (0, 1)), strict=False)):
+        expected += [t, t_next] if solver == "heun" and step < steps - 1 else [t]
+    assert evaluated == expected
+    assert len(evaluated) == SOLVERS[solver].evaluations * (steps - 1) + 1  # the last step takes a single one
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_what_does_not_move_in_a_step_stays_as_it_is(solver: str) -> None:
+    """A stage of a pyramid that is done, at t = 0, where there is no score, or one that waits at t = 1."""
+    host = torch.tensor([0.0, 1.0, 0.5]).double()
+    ends = torch.tensor([0.0, 1.0, 0.25]).double()
+    start, end = (Moment(at, at.float(), at) for at in (host, ends))
+    x = torch.randn(3, dtype=torch.float64)
+    solving = SOLVERS[solver].step(x, Step(start, end, False, PATHS["linear"], lambda: torch.ones_like(x)))
+    answer, after = None, None
+    while after is None:
+        try:
+            solving.send(answer)  # type: ignore[arg-type]
+            answer = torch.full_like(x, 2.0)
+        except StopIteration as done:
+            after = done.value
+    assert after[:2].tolist() == x[:2].tolist()
+    assert after[2].isfinite() and after[2] != x[2]
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])

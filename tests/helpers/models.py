@@ -1,6 +1,6 @@
 """What the tests share: tiny models whose every weight is random, and a stand-in model that writes down its calls."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from elit.conditions import Text
 from elit.interface import InterfaceConfig, LatentInterface
 from elit.models import DiT, DiTConfig, MMDiT, Model
+from elit.models.base import Levels
 
 TINY = DiTConfig(
     input_size=8, patch_size=2, in_channels=3, num_classes=10, width=32, depth=4, num_heads=4, head_depth=1,
@@ -52,16 +53,20 @@ def inputs(model: Model, batch: int, seed: int = 0, dtype: torch.dtype = torch.f
 
 
 class Call(NamedTuple):
-    """One forward of the stand-in."""
+    """One evaluation of the stand-in: what it encoded, and which rows of that went on at which levels."""
 
     x: Tensor
     t: Tensor
     y: Tensor | None
-    budget: float | None
+    rows: list[int]
+    levels: list[int]
 
 
 class Recorder(Model):
-    """A stand-in with a velocity that is known, ``answer(x, t, y, budget)``, and a list of its calls."""
+    """A stand-in with a velocity that is known, ``answer(x, t, y, budget)``, and a list of its calls.
+
+    The answer sees of each row its own x, t, y and budget (B,), which is 1 without an interface.
+    """
 
     def __init__(self, answer: Callable[..., Tensor], num_classes: int = 10, elastic: bool = True) -> None:
         super().__init__(SimpleNamespace(input_size=4, in_channels=2, num_classes=num_classes))
@@ -70,6 +75,13 @@ class Recorder(Model):
         self.answer = answer
         self.calls: list[Call] = []
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, budget: float | None = None) -> Tensor:
-        self.calls.append(Call(x, t, y, budget))
-        return self.answer(x, t, y, budget)
+    def encode(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        return x, t, y
+
+    def at_levels(self, encoded: Any, num_latents: Levels, rows: Sequence[int] | None = None) -> Tensor:
+        x, t, y = encoded
+        which = list(range(len(x)) if rows is None else rows)
+        levels = [num_latents] * len(which) if isinstance(num_latents, int) else list(num_latents)
+        self.calls.append(Call(x, t, y, which, levels))
+        budgets = torch.tensor(levels) / self.num_latents if self.num_latents else torch.ones(len(levels))
+        return self.answer(x[which], t[which], None if y is None else y[which], budgets)
