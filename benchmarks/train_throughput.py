@@ -66,7 +66,7 @@ def benchmark(
     window = resolution // 64
     runs: dict[str, tuple[str, ElasticConfig]] = {
         model: (model, ElasticConfig()),
-        f"ELIT-{model}, full budget": (f"ELIT-{model}", ElasticConfig(window)),
+        f"ELIT-{model}, full budget": (f"ELIT-{model}", ElasticConfig(window, 0.0, 0.0)),
         f"ELIT-{model}, multi-budget": (f"ELIT-{model}", ElasticConfig(window, 0.0, 0.9375)),
         f"ELIT-{model}, 1/4 alone": (f"ELIT-{model}", ElasticConfig(window, 0.75, 0.75)),
     }

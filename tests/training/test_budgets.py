@@ -1,15 +1,16 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from elit import ElitError
+from elit import ElitError, load, sample
 from elit.analysis import count_flops
 from elit.interface import BudgetByNoise
 from elit.models import create
-from elit.training import ElasticConfig, Trainer
+from elit.training import ElasticConfig, Trainer, ValidationConfig
 from elit.training.budgets import training_levels
 from tests.helpers.runs import config
 
@@ -24,14 +25,17 @@ def model(name: str = "ELIT-DiT-S/2", **fields: Any) -> Any:
 @pytest.mark.parametrize(
     ("settings", "levels"),
     [
-        ({}, (16,)),
-        ({"min_mask_prob": 0.5}, (8,)),
-        ({"max_mask_prob": 0.5}, (8,)),
+        ({}, tuple(range(1, 17))),
+        ({"max_mask_prob": 0.75}, tuple(range(4, 17))),  # from nothing dropped
+        ({"min_mask_prob": 0.75}, (1, 2, 3, 4)),  # to the lowest level of the model
+        ({"min_mask_prob": 0.9}, (1,)),  # 1.6
+        ({"max_mask_prob": 0.0}, (16,)),
+        ({"levels": [16]}, (16,)),
         ({"min_mask_prob": 0.75, "max_mask_prob": 0.75}, (4,)),
         ({"min_mask_prob": 0.0, "max_mask_prob": 0.9375}, tuple(range(1, 17))),
         ({"min_mask_prob": 0.75, "max_mask_prob": 0.9375}, (1, 2, 3, 4)),
         ({"min_mask_prob": 0.1, "max_mask_prob": 0.9}, tuple(range(2, 15))),  # 1.6 and 14.4 latents: inside them
-        ({"min_mask_prob": 0.9}, (2,)),  # 1.6: the nearest
+        ({"min_mask_prob": 0.9, "max_mask_prob": 0.9}, (2,)),  # 1.6: the nearest
         ({"levels": [16, 4, 1]}, (1, 4, 16)),
         ({"by_noise": BudgetByNoise([0.5], [0.25, 1.0])}, (4, 16)),
     ],
@@ -46,9 +50,11 @@ def test_every_mask_probability_of_a_level_gives_that_level() -> None:
         elastic = model(input_size=side * 8, group_size=side, min_latents=1)
         for level in elastic.levels:
             mask = 1 - level / elastic.num_latents
-            assert training_levels(ElasticConfig(min_mask_prob=mask), elastic).levels == (level,)
-            below = training_levels(ElasticConfig(min_mask_prob=0.0, max_mask_prob=mask), elastic).levels
-            assert below == tuple(range(level, elastic.num_latents + 1))
+            assert training_levels(ElasticConfig(None, mask, mask), elastic).levels == (level,)
+            above = training_levels(ElasticConfig(max_mask_prob=mask), elastic).levels
+            assert above == tuple(range(level, elastic.num_latents + 1))
+            below = training_levels(ElasticConfig(min_mask_prob=mask), elastic).levels
+            assert below == tuple(range(1, level + 1))
 
 
 def test_drawn_levels_follow_their_weights() -> None:
@@ -78,7 +84,41 @@ def test_wrong_budgets(settings: dict[str, Any], message: str) -> None:
         training_levels(ElasticConfig(**settings), model())
 
 
+@pytest.mark.parametrize(
+    ("elit", "levels"),
+    [
+        (ElasticConfig(group_size=4), None),  # all
+        (ElasticConfig(group_size=4, levels=[16]), (16,)),
+        (ElasticConfig(group_size=4, max_mask_prob=0.75), tuple(range(4, 17))),
+        (ElasticConfig(group_size=4, by_noise=BudgetByNoise([0.5], [0.25, 1.0])), (4, 16)),
+    ],
+)
+def test_a_saved_model_knows_its_levels(tmp_path: Path, elit: ElasticConfig, levels: tuple[int, ...] | None) -> None:
+    trainer = Trainer(config(tmp_path / "run", steps=2, elit=elit))
+    trainer.run_to_end()
+    loaded = load(tmp_path / "run")
+    assert loaded.config.interface.levels == levels
+    assert loaded.levels == trainer.levels.levels == (levels or tuple(range(1, 17)))
+    if levels is not None and levels[0] > 1:
+        with pytest.raises(ElitError, match="the model was trained with"):
+            sample(loaded, [1], steps=1, budget=1 / 16)
+
+
+@pytest.mark.parametrize(
+    ("levels", "budgets"),
+    [(None, [0.0625, 0.25, 0.5, 1.0]), ([16], [1.0]), ([4, 9, 16], [0.25, 0.5625, 1.0]), ([2, 3], [0.125, 0.1875])],
+)
+def test_validation_is_at_trained_levels(tmp_path: Path, levels: list[int] | None, budgets: list[float]) -> None:
+    trainer = Trainer(config(tmp_path / "run", elit=ElasticConfig(group_size=4, levels=levels)))
+    assert trainer.validation.budgets == budgets
+    if levels == [16]:
+        with pytest.raises(ElitError, match="the model was trained with 16"):
+            Trainer(replace(trainer.config, validation=ValidationConfig(budgets=[0.25])))
+
+
 def test_budgets_below_the_smallest_level_of_the_model() -> None:
+    with pytest.raises(ElitError, match=r"elit\.min_mask_prob 0\.99 keeps fewer latents than the model's smallest"):
+        training_levels(ElasticConfig(min_mask_prob=0.99), model(resolution=512))
     with pytest.raises(ElitError, match=r"smallest level, 4 of 64; lower it or set model.fields.min_latents"):
         training_levels(ElasticConfig(max_mask_prob=0.99, min_mask_prob=0.0), model(resolution=512))
 

@@ -54,7 +54,7 @@ def test_alignment_is_the_mean_cosine_of_projected_tokens(tmp_path: Path, encode
 
     indices = sample_indices(0, 0, 3, len(trainer.data))
     x, y = trainer.data.batch(indices)
-    draws, _ = draw(trainer.config, trainer.model, trainer.path, derive_seed(0, "step", 0), 3)
+    draws, _ = draw(trainer.flow, 0.0, derive_seed(0, "step", 0), 3)
     hidden: list[torch.Tensor] = []
     trainer.model.blocks[0].register_forward_hook(lambda module, inputs, output: hidden.append(output))
     at = draws.t.view(3, 1, 1, 1)

@@ -20,7 +20,8 @@ from elit.commands.images import to_frames
 from elit.data.autoencoder import decode, load_autoencoder
 from elit.data.clips import write_video
 from elit.flow import sample
-from elit.models import MMDiT, Model
+from elit.interface import listed
+from elit.models import Model
 from elit.training import TrainConfig, Trainer
 from elit.training.trainer import STOP_SIGNALS
 
@@ -48,8 +49,7 @@ def describe(trainer: Trainer) -> str:
     config, levels, accelerator = trainer.config, trainer.levels.levels, trainer.accelerator
     budgets = ""
     if levels:
-        span = f"{levels[0]} to {levels[-1]}" if len(levels) > 1 else f"{levels[0]}"
-        budgets = f", {span} of {trainer.model.num_latents} latents a window"
+        budgets = f", {listed(levels)} of {trainer.model.num_latents} latents a window"
     processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     return (
         f"{config.model.name}, {count_parameters(trainer.model) / 1e6:.2f} M parameters{budgets}, on "
@@ -120,7 +120,7 @@ def draw_samples(trainer: Trainer, model: Model) -> Path:
     config = trainer.config
     wanted, classes = config.validation, model.config.num_classes
     condition: Any = [i % classes for i in range(wanted.images)] if classes else None
-    if isinstance(model, MMDiT):
+    if model.takes_text:
         assert trainer.validation.data is not None
         held_out = trainer.validation.data
         condition = held_out.batch(torch.arange(wanted.images) % len(held_out))[1]

@@ -10,10 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from elit.flow.paths import Path
-from elit.models import DFM, Model
+from elit.flow import Flow
 from elit.seeding import generator, normals, uniform
-from elit.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -24,13 +22,13 @@ class TrainingDraws:
         t: (B,); of a multi-scale model (B, S).
         noise: (B, C, H, W); of a multi-scale model one for each of S stages.
         dropped: (B,) whether a label is replaced by the null class.
-        active: number of active stages of a multi-scale model; 0 for any other.
+        active: number of stages of a multi-scale model that take part; 1 for any other.
     """
 
     t: Tensor
     noise: list[Tensor]
     dropped: Tensor
-    active: int = 0
+    active: int = 1
 
     def take(self, index: slice | Tensor) -> "TrainingDraws":
         """Returns the draws of some of the samples."""
@@ -38,9 +36,8 @@ class TrainingDraws:
 
 
 def draw(
-    config: TrainConfig,
-    model: Model,
-    path: Path,
+    flow: Flow,
+    label_dropout: float,
     seed: int,
     count: int,
     own: slice = slice(None),
@@ -51,17 +48,12 @@ def draw(
     Every sample has noise of its own, so that a process draws that of its own samples alone.
     """
     rng = generator(seed, "times")
-    if isinstance(model, DFM):
-        t, active = config.stages.draw(count, path, rng)
-        shapes: list[tuple[int, ...]] = [*(model.stage_shapes or ())]
-    else:
-        t, active = config.times.draw(count, path, rng), 0
-        shapes = [model.input_shape()]
-    dropped = uniform(rng, count) < config.label_dropout
+    t, active = flow.draw_times(count, rng)
+    dropped = uniform(rng, count) < label_dropout
     samples = range(count)[own]
     noise = [
         normals([(seed, "noise", stage, sample) for sample in samples], shape, device)
-        for stage, shape in enumerate(shapes)
+        for stage, shape in enumerate(flow.noise_shapes)
     ]
     return TrainingDraws(t[own].to(device), noise, dropped[own].to(device), active), t
 

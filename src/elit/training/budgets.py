@@ -1,28 +1,28 @@
-"""Which numbers of latents training uses: from the published mask probabilities, or as listed."""
+"""Which numbers of latents training uses: all of the model's, a range by mask probabilities, or those listed."""
 
 import math
 from typing import NamedTuple
 
-from elit.analysis import count_flops
 from elit.errors import ElitError
-from elit.interface import draw_level, to_level
+from elit.interface import draw_level, listed, to_level
 from elit.models import Model
 from elit.training.config import ElasticConfig
+from elit.training.speed import forward_flops
 
 
-class Levels(NamedTuple):
+class TrainingLevels(NamedTuple):
     """What a step draws from: numbers of latents J~, ascending, and their weights (None: uniform)."""
 
     levels: tuple[int, ...]
     weights: tuple[float, ...] | None = None
 
     def draw(self, seed: int, step: int) -> int:
-        """J~ of one step; 0 where there are none, in a model without an interface."""
+        """Draws J~ of one step; 0 where there are none, in a model without an interface."""
         return draw_level(self.levels, seed, step, self.weights) if self.levels else 0
 
 
-def training_levels(config: ElasticConfig, model: Model) -> Levels:
-    """The levels that a configuration means for a model.
+def training_levels(config: ElasticConfig, model: Model) -> TrainingLevels:
+    """Works out the levels that a configuration means, of those that a model has.
 
     Raises:
         ElitError: names the key that does not fit the model or another key.
@@ -31,22 +31,22 @@ def training_levels(config: ElasticConfig, model: Model) -> Levels:
         given = [key for key, value in vars(config).items() if value not in (None, "constant")]
         if given:
             raise ElitError(f"elit.{given[0]} is set, but the model has no latent interface; take its ELIT- name")
-        return Levels(())
+        return TrainingLevels(())
     chosen = _chosen(config)
     if config.by_noise is not None:
         if config.batching == "scaled":
             raise ElitError("elit.batching is scaled, which needs one budget a step; elit.by_noise gives several")
         if config.weights is not None:
             raise ElitError("elit.weights is for levels that are drawn; elit.by_noise draws none")
-        return Levels(tuple(sorted({model.level(budget) for budget in config.by_noise.budgets})))
+        return TrainingLevels(tuple(sorted({model.level(budget) for budget in config.by_noise.budgets})))
     levels = _listed(config.levels, model) if chosen == "levels" else _from_mask_probs(config, model)
     if config.weights is None:
-        return Levels(levels)
+        return TrainingLevels(levels)
     if len(config.weights) != len(levels):
         raise ElitError(f"elit.weights lists {len(config.weights)} for {len(levels)} levels, {levels}")
     if min(config.weights) < 0 or not 0 < sum(config.weights) < math.inf:
         raise ElitError(f"elit.weights is {config.weights}; weights are at least 0, and not all 0")
-    return Levels(levels, tuple(config.weights))
+    return TrainingLevels(levels, tuple(config.weights))
 
 
 def _chosen(config: ElasticConfig) -> str:
@@ -61,34 +61,37 @@ def _chosen(config: ElasticConfig) -> str:
 def _listed(levels: list[int] | None, model: Model) -> tuple[int, ...]:
     wrong = [level for level in levels or [0] if level not in model.levels]
     if wrong:
-        raise ElitError(
-            f"elit.levels has {wrong[0]}; the model knows {model.levels[0]} to {model.levels[-1]} latents a window"
-        )
+        raise ElitError(f"elit.levels has {wrong[0]}; the model knows {listed(model.levels)} latents a window")
     return tuple(sorted(set(levels or ())))
 
 
 def _from_mask_probs(config: ElasticConfig, model: Model) -> tuple[int, ...]:
-    """The levels k with (1 - max) J <= k <= (1 - min) J; where none lies between, the nearest."""
+    """Finds the levels k with (1 - max) J <= k <= (1 - min) J; where none lies between, the nearest.
+
+    Without a smallest probability nothing is dropped at the most, and without a largest one as much as the model can.
+    """
     for key in ("min_mask_prob", "max_mask_prob"):
         value = getattr(config, key)
         if value is not None and not 0 <= value < 1:
             raise ElitError(f"elit.{key} is {value}; it must be in [0, 1), the fraction of latents to drop")
-    given = [value for value in (config.min_mask_prob, config.max_mask_prob) if value is not None] or [0.0]
-    low, high = given[0], given[-1]
+    lowest, num_latents = model.levels[0], model.num_latents
+    low = 0.0 if config.min_mask_prob is None else config.min_mask_prob
+    high = 1 - lowest / num_latents if config.max_mask_prob is None else config.max_mask_prob
+    slack = 1e-6  # (1 - 0.9) * 10 is a little less than 1
+    fewest, most = (1 - high) * num_latents - slack, (1 - low) * num_latents + slack
+    for key, latents in (("max_mask_prob", math.ceil(fewest)), ("min_mask_prob", most)):
+        if latents < lowest:
+            raise ElitError(
+                f"elit.{key} {getattr(config, key)} keeps fewer latents than the model's smallest level, {lowest} of "
+                f"{num_latents}; lower it or set model.fields.min_latents"
+            )
     if low > high:
         raise ElitError(f"elit.min_mask_prob is {low}, above elit.max_mask_prob, {high}")
-    slack = 1e-6  # (1 - 0.9) * 10 is a little less than 1
-    fewest, most = (1 - high) * model.num_latents - slack, (1 - low) * model.num_latents + slack
-    if math.ceil(fewest) < model.levels[0]:
-        raise ElitError(
-            f"elit.max_mask_prob {high} keeps fewer latents than the model's smallest level, {model.levels[0]} of "
-            f"{model.num_latents}; lower it or set model.fields.min_latents"
-        )
     between = tuple(level for level in model.levels if fewest <= level <= most)
-    return between or (to_level(1 - high, model.levels, model.num_latents),)
+    return between or (to_level(1 - high, model.levels, num_latents),)
 
 
 def scaled_batch_size(model: Model, level: int, batch_size: int) -> int:
-    """The batch at a level whose forward has the FLOPs of ``batch_size`` samples at full budget, to a whole sample."""
-    full = count_flops(model).flops
-    return round(batch_size * full / count_flops(model, level / model.num_latents).flops)
+    """Returns the batch at a level whose forward has the FLOPs of ``batch_size`` samples at full budget, to a whole
+    sample."""
+    return round(batch_size * forward_flops(model, model.num_latents) / forward_flops(model, level))

@@ -2,40 +2,60 @@
 
 from typing import Any
 
+import torch
+
+from elit.conditions import Text
 from elit.data import Captioned, Data
 from elit.errors import ElitError
-from elit.models import MMDiT, MMDiTConfig, Model, config_for, create
+from elit.models import Model, config_for, create
 from elit.seeding import torch_seeded
+from elit.training.budgets import TrainingLevels, training_levels
 from elit.training.config import TrainConfig
 
 
-def build_model(config: TrainConfig, data: Data) -> Model:
-    """Makes a new model that fits the data, with weights from the seed, and with the empty prompt of captions.
+def build_model(config: TrainConfig, data: Data) -> tuple[Model, TrainingLevels]:
+    """Makes a new model that fits the data, with weights from the seed, and works out the levels that it is trained at.
+
+    The levels are part of the model's configuration: they are known wherever it is saved to. A model of text gets the
+    empty prompt of captions.
 
     Raises:
-        ElitError: a name or field that does not exist, or sizes that do not fit.
+        ElitError: a name or field that does not exist, or sizes and levels that do not fit.
     """
+    empty = data.encode([""]) if isinstance(data, Captioned) else None
+    fields = _fields(config, data, empty)
+    with torch.device("meta"):
+        plan = _create(config, fields)
+    levels = training_levels(config.elit, plan)
+    if levels.levels != plan.levels:
+        fields["levels"] = levels.levels
+    with torch_seeded(config.seed, "weights"):
+        model = _create(config, fields)
+    if empty is not None:
+        model.set_empty_prompt(empty)
+    return model, levels
+
+
+def _fields(config: TrainConfig, data: Data, empty: Text | None) -> dict[str, Any]:
+    """Collects the fields of the model's configuration: what the data want, and over it what the run wants."""
     channels, *size = data.shape
-    fitted: dict[str, Any] = {"in_channels": channels, "num_classes": data.num_classes, "input_size": tuple(size)}
+    fields: dict[str, Any] = {"in_channels": channels, "num_classes": data.num_classes, "input_size": tuple(size)}
     if config.elit.group_size is not None:
         if "group_size" in config.model.fields:
             raise ElitError("group_size is given twice, in elit and in model.fields; leave one out")
-        fitted["group_size"] = config.elit.group_size
-    empty = None
-    if isinstance(data, Captioned):
-        if not isinstance(config_for(config.model.name), MMDiTConfig):
-            raise ElitError(
-                f"the data have captions; take a model of text like ELIT-MMDiT-B/2, not {config.model.name}"
-            )
-        empty = data.encode([""])
-        fitted |= {"text_width": empty.tokens.shape[2], "empty_length": int(empty.mask.sum())}
-    with torch_seeded(config.seed, "weights"):
-        try:
-            model = create(config.model.name, **(fitted | config.model.fields))
-        except ElitError as error:
-            if config.elit.group_size is not None and "group size" in str(error):
-                raise ElitError(f"elit.group_size: {error}") from error
-            raise
-    if isinstance(model, MMDiT) and empty is not None:
-        model.set_empty_prompt(empty)
-    return model
+        fields["group_size"] = config.elit.group_size
+    if empty is not None:
+        name = config.model.name
+        if not hasattr(config_for(name), "text_width"):
+            raise ElitError(f"the data have captions; take a model of text like ELIT-MMDiT-B/2, not {name}")
+        fields |= {"text_width": empty.tokens.shape[2], "empty_length": int(empty.mask.sum())}
+    return fields | config.model.fields
+
+
+def _create(config: TrainConfig, fields: dict[str, Any]) -> Any:
+    try:
+        return create(config.model.name, **fields)
+    except ElitError as error:
+        if config.elit.group_size is not None and "group size" in str(error):
+            raise ElitError(f"elit.group_size: {error}") from error
+        raise

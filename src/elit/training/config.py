@@ -54,14 +54,14 @@ class OptimizerConfig:
 
 @dataclass
 class ElasticConfig:
-    """The budgets of training. With nothing given, an elastic model trains at full budget alone.
+    """The budgets of training. With nothing given, an elastic model trains over all of its levels.
 
     Attributes:
         group_size: side of a window in tokens; the model's own unless given.
-        min_mask_prob: smallest fraction of a window's J latents that is dropped; p keeps (1 - p) J.
-        max_mask_prob: largest. Each step draws one of the levels in between, uniformly, for all samples and processes.
-            Equal to the smallest, or without it: that one budget alone.
-        levels: instead, the numbers of latents to draw from.
+        min_mask_prob: smallest fraction of a window's J latents that is dropped; p keeps (1 - p) J. Without it, 0.
+        max_mask_prob: largest, without it that of the model's lowest level. Each step draws one of the levels in
+            between, uniformly, for all samples and processes. Equal to the smallest: that one budget alone.
+        levels: instead, the numbers of latents to draw from; [16] trains at 16 latents alone.
         weights: of the levels, the smallest first; they are scaled to sum to 1.
         by_noise: instead, the budget of each sample by its noise level: ``{thresholds: [0.5], budgets: [0.25, 1]}`` is
             a quarter of the latents while t > 0.5 and all below.
@@ -84,7 +84,8 @@ class ValidationConfig:
 
     Attributes:
         every: steps between validations; 0 is none.
-        budgets: of the held-out loss and of the rows of the sample grid; a plain model has the full one alone.
+        budgets: of the held-out loss and of the rows of the sample grid; unless given, those near 1/16, 1/4, 1/2 and 1
+            that are trained. A plain model has the full one alone.
         samples: held-out samples that are looked at, the first ones.
         images: samples per budget in the grid; 0 is no grid.
         sampling_steps: of the grid.
@@ -92,7 +93,7 @@ class ValidationConfig:
     """
 
     every: int = 0
-    budgets: list[float] = field(default_factory=lambda: [0.0625, 0.25, 0.5, 1.0])
+    budgets: list[float] | None = None
     samples: int = 1024
     images: int = 8
     sampling_steps: int = 20

@@ -7,55 +7,54 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elit.conditions import Condition
-from elit.flow import flow_of
-from elit.flow.paths import Path
+from elit.flow import Flow
 from elit.models import Model, Transformer
 from elit.training.batch import TrainingDraws
 
 
 class Objective(nn.Module):
-    """Losses of samples.
+    """Computes the losses of samples.
 
     Args:
         model: what is trained.
-        path: from data to noise.
+        flow: of the model: how data become noise, and what the loss is.
         projector: of alignment (see :mod:`elit.training.repa`), or None.
         depth: of alignment.
     """
 
-    def __init__(self, model: Model, path: Path, projector: nn.Module | None = None, depth: int = 0) -> None:
+    def __init__(self, model: Model, flow: Flow, projector: nn.Module | None = None, depth: int = 0) -> None:
         super().__init__()
         self.model = model
-        self.path = path
+        self.flow = flow
         self.projector = projector
         self.depth = depth
 
     def forward(
-        self, x: Tensor, y: Condition | None, draws: TrainingDraws, budget: float | None, features: Tensor | None = None
+        self, x: Tensor, y: Condition | None, draws: TrainingDraws, level: int, features: Tensor | None = None
     ) -> Tensor:
-        """Losses (1, B) of flow matching; with alignment (2, B), the negative mean cosine similarity below it.
+        """Returns losses (1, B) of flow matching; with alignment (2, B), the negative mean cosine similarity below it.
 
         Args:
             x: data (B, C, H, W).
             y: labels or text; None for an unconditional model.
             draws: of these samples.
-            budget: fraction of the latents; None is all.
+            level: J~ of these samples; 0 without an interface.
             features: (B, N, F) of a pretrained encoder, to align with.
         """
         if self.projector is None or features is None:
-            return torch.stack((self.flow_loss(x, y, draws, budget),))
+            return torch.stack((self.flow_loss(x, y, draws, level),))
         hidden: list[Tensor] = []
         assert isinstance(self.model, Transformer)
         block = self.model.blocks[self.depth - 1]
         hook = block.register_forward_hook(lambda module, inputs, output: hidden.append(output))
         try:
-            flow = self.flow_loss(x, y, draws, budget)
+            flow = self.flow_loss(x, y, draws, level)
         finally:
             hook.remove()
         similarity = F.cosine_similarity(self.projector(hidden[0]).float(), features.float(), dim=-1)  # (B, N)
         return torch.stack((flow, -similarity.mean(1)))
 
-    def flow_loss(self, x: Tensor, y: Condition | None, draws: TrainingDraws, budget: float | None) -> Tensor:
-        """(B,)."""
-        velocity = partial(self.model, y=y, budget=budget)
-        return flow_of(self.model, self.path).loss(velocity, x, draws.t, draws.noise, draws.active)
+    def flow_loss(self, x: Tensor, y: Condition | None, draws: TrainingDraws, level: int) -> Tensor:
+        """Returns the flow-matching loss of each sample: (B,)."""
+        velocity = partial(self.model, y=y, num_latents=level)
+        return self.flow.loss(velocity, x, draws.t, draws.noise, draws.active)

@@ -12,7 +12,7 @@ from elit.data import Data, EncodedFolder, ImageFolder, PublishedLatents
 from elit.data.latents import LatentData
 from elit.errors import ElitError
 from elit.evaluation.extractors import IMAGENET_MEAN, IMAGENET_STD, load_dinov2
-from elit.models import HDiT, MMDiT, Model, Transformer
+from elit.models import HDiT, Model, Transformer
 from elit.seeding import torch_seeded
 from elit.training.config import RepaConfig
 
@@ -45,12 +45,12 @@ class AlignmentFeatures:
 
     @property
     def width(self) -> int:
-        """F."""
+        """F, the width of the features."""
         return self.encoder.config.hidden_size
 
     @torch.no_grad()
     def __call__(self, indices: Tensor, x: Tensor) -> Tensor:
-        """Features of the samples x (B, C, H, W) at indices (B,) of the data."""
+        """Computes features of the samples x (B, C, H, W) at indices (B,) of the data."""
         images = x if self.images is None else self.images.batch(indices)[0].to(x.device)  # in [-1, 1]
         small = F.interpolate(images, self.size, mode="bicubic", antialias=True, align_corners=False)
         seen = (small.clamp(-1, 1).expand(-1, 3, -1, -1) / 2 + 0.5 - self.mean) / self.std
@@ -58,7 +58,7 @@ class AlignmentFeatures:
 
 
 def images_of(data: Data) -> ImageFolder | None:
-    """Where the images of latents are; None where the samples are images themselves.
+    """Finds where the images of latents are; None where the samples are images themselves.
 
     Raises:
         ElitError: data without images.
@@ -76,7 +76,7 @@ def images_of(data: Data) -> ImageFolder | None:
 
 
 def make_projector(model: Model, width: int, seed: int) -> nn.Module:
-    """The MLP from hidden tokens (B, N, D) to features (B, N, F), with weights from the seed."""
+    """Makes the MLP from hidden tokens (B, N, D) to features (B, N, F), with weights from the seed."""
     with torch_seeded(seed, "projector"):
         return nn.Sequential(
             *(nn.Linear(model.config.width, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU()),
@@ -85,7 +85,7 @@ def make_projector(model: Model, width: int, seed: int) -> nn.Module:
 
 
 def check_alignment(config: RepaConfig, model: Model) -> Transformer:
-    """The model, if its tokens can be aligned.
+    """Returns the model, if its tokens can be aligned.
 
     Raises:
         ElitError: blocks after which there are no spatial tokens of an image, or a coefficient below 0.
@@ -94,7 +94,7 @@ def check_alignment(config: RepaConfig, model: Model) -> Transformer:
         raise ElitError(f"repa.coefficient is {config.coefficient}; it must be at least 0")
     assert isinstance(model, Transformer)
     hourglass = isinstance(model, HDiT) and model.interface is None  # its tokens are in runs, and merged in between
-    if isinstance(model, MMDiT) or hourglass or model.config.grid_size[0] > 1:
+    if model.takes_text or hourglass or model.config.grid_size[0] > 1:
         raise ElitError(f"repa.encoder is set; a {type(model).__name__} of this kind cannot be aligned with one")
     deepest = model.config.depth if model.interface is None else model.config.head_depth
     if not 1 <= config.depth <= deepest:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from elit.analysis import count_flops
+from elit.analysis.formula import closed_form
 from elit.models import Model
 
 PEAK = {
@@ -22,8 +22,13 @@ PEAK = {
 """FLOP/s of dense bf16 matrix products, from the makers' data sheets. The first name found in the device's counts."""
 
 
+def forward_flops(model: Model, level: int) -> int:
+    """Counts the FLOPs of one sample's forward at a level (0: no interface)."""
+    return 2 * sum(part.macs for part in closed_form(model.config, level))
+
+
 class Speed(NamedTuple):
-    """Since it was last asked for.
+    """How fast training was since it was last asked for.
 
     Attributes:
         images_per_second: over all processes.
@@ -36,7 +41,7 @@ class Speed(NamedTuple):
 
 
 class Speedometer:
-    """Counts images and FLOPs.
+    """Measures images per second and FLOP utilisation.
 
     Args:
         model: what is trained.
@@ -46,28 +51,27 @@ class Speedometer:
     def __init__(self, model: Model, peak: float | None) -> None:
         self.model = model
         self.peak = peak
-        self.flops_of: dict[int, int] = {}
         self.restart()
 
     def restart(self) -> None:
+        """Counts from here."""
         self.images, self.flops, self.since = 0, 0, time.perf_counter()
 
     def add(self, level: int, images: int) -> None:
         """Counts images that were trained on at a level (0: no interface)."""
         self.images += images
         if self.peak is not None:
-            if level not in self.flops_of:
-                self.flops_of[level] = count_flops(self.model, level / self.model.num_latents if level else None).flops
-            self.flops += 3 * self.flops_of[level] * images
+            self.flops += 3 * forward_flops(self.model, level) * images
 
     def read(self) -> Speed:
+        """Returns the speed since the last restart."""
         seconds = time.perf_counter() - self.since
         mfu = None if self.peak is None else self.flops / seconds / self.peak
         return Speed(self.images / seconds, mfu)
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s of a device in half precision; None where it is not known, and for processors."""
+    """Returns the FLOP/s of a device in half precision; None where it is not known, and for processors."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from elit.conditions import Condition, map_condition
 from elit.data import Data, open_data, sample_indices
 from elit.errors import ElitError
-from elit.flow import path_named
+from elit.flow import flow_of
 from elit.launch import default_device
 from elit.models import Model, Transformer
 from elit.seeding import derive_seed
 from elit.training import state
 from elit.training.batch import TrainingDraws, draw, micro_batches, pad_micro_batches, share
-from elit.training.budgets import scaled_batch_size, training_levels
+from elit.training.budgets import scaled_batch_size
 from elit.training.build import build_model
 from elit.training.config import TrainConfig
 from elit.training.deterministic import deterministic_algorithms, require_deterministic_matmul
@@ -110,9 +110,8 @@ class Trainer:
         if data is None:
             data = open_data(config.data, text_encoder=config.text_encoder, flips=config.flips)
         self.data = data
-        self.path = path_named(config.path)
-        self.model = build_model(config, self.data)
-        self.levels = training_levels(config.elit, self.model)
+        self.model, self.levels = build_model(config, self.data)
+        self.flow = flow_of(self.model, config.path, times=config.times, stages=config.stages)
         self.validation = Validation(config, self.model, held_out)
         self.accelerator = _accelerator(config)
         self.model.to(self.accelerator.device)
@@ -220,7 +219,7 @@ class Trainer:
         own = share(count, self.accelerator.process_index, processes)
         indices = sample_indices(config.seed, self.seen, count, len(self.data))[own]
         seed = derive_seed(config.seed, "step", step)
-        draws, times = draw(config, self.model, self.path, seed, count, own, self.accelerator.device)
+        draws, times = draw(self.flow, config.label_dropout, seed, count, own, self.accelerator.device)
         levels = self._levels(times, level)
 
         factor = lr_factor(config.optimizer, step, config.steps)
@@ -235,7 +234,7 @@ class Trainer:
         self.step, self.seen = step + 1, self.seen + count
         for of_sample in set(levels):
             self.speedometer.add(of_sample, levels.count(of_sample))
-        mean_level = level if len(set(levels)) == 1 else sum(levels) / count
+        mean_level = levels[0] if len(set(levels)) == 1 else sum(levels) / count
         lr = config.optimizer.lr * factor
         return StepReport(step + 1, mean_loss, norm, lr, mean_level, count, skipped, *(-v for v in alignment))
 
@@ -269,7 +268,9 @@ class Trainer:
     def _levels(self, t: Tensor, level: int) -> list[int]:
         """Returns J~ of every sample: the step's, or by the sample's own noise level."""
         by_noise = self.config.elit.by_noise
-        return [level] * len(t) if by_noise is None else [self.model.level(by_noise(time)) for time in t.tolist()]
+        if by_noise is None:
+            return [level] * len(t)
+        return [self.model.level(by_noise(noise)) for noise in self.flow.noise_level(t).tolist()]
 
     def _gradient_sync(self, last: bool) -> AbstractContextManager[None]:
         """Within it, gradients of processes are averaged after the last micro-batch only."""
@@ -284,10 +285,9 @@ class Trainer:
         x, y = self._batch(indices)
         if y is not None:
             y = self.model.drop_condition(y, draws.dropped)
-        budget = level / self.model.num_latents if level else None
         with torch.autocast(x.device.type, self.half, enabled=self.half is not None):
             features = None if self.features is None else self.features(indices, x)
-            return self.network(x, y, draws, budget, features)
+            return self.network(x, y, draws, level, features)
 
     def _batch(self, indices: Tensor) -> tuple[Tensor, Condition | None]:
         """Reads data (B, C, H, W) and labels (B,) at indices (B,); no labels for an unconditional model."""
@@ -330,10 +330,10 @@ class Trainer:
 
     def _objective(self) -> Objective:
         if self.features is None:
-            return Objective(self.model, self.path)
+            return Objective(self.model, self.flow)
         repa = self.config.repa
         projector = make_projector(self.model, self.features.width, self.config.seed).to(self.accelerator.device)
-        return Objective(self.model, self.path, projector, repa.depth)
+        return Objective(self.model, self.flow, projector, repa.depth)
 
     def _parallelize(self) -> nn.Module:
         """Prepares blocks as the configuration says, and wraps the objective for several processes."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from elit.conditions import map_condition
 from elit.data import Data, open_data
 from elit.errors import ElitError
-from elit.flow import path_named
+from elit.flow import flow_of
 from elit.interface import check_budget
 from elit.models import Model
 from elit.seeding import derive_seed
@@ -16,6 +16,7 @@ from elit.training.batch import draw
 from elit.training.config import TrainConfig
 from elit.training.objective import Objective
 
+DEFAULT_BUDGETS = (1 / 16, 1 / 4, 1 / 2, 1.0)
 PIECE = 64  # samples in a forward; processes take whole pieces, so that their number decides no bit
 
 
@@ -39,8 +40,8 @@ class Validation:
         for name in ("samples", "sampling_steps"):
             if getattr(wanted, name) < 1:
                 raise ElitError(f"validation.{name} is {getattr(wanted, name)}; it must be at least 1")
-        budgets = [check_budget(budget, "validation.budgets") for budget in wanted.budgets]
-        self.budgets: list[float] = budgets if model.interface is not None else [1.0]
+        self.flow = flow_of(model, config.path, times=config.times, stages=config.stages)
+        self.levels = validation_levels(wanted.budgets, model)
         if wanted.every and held_out is None:
             held_out = open_data(config.data, held_out=True, text_encoder=config.text_encoder)
         self.data = held_out if wanted.every else None
@@ -48,6 +49,11 @@ class Validation:
     def due(self, step: int) -> bool:
         """Whether a step ends with a validation."""
         return bool(self.config.validation.every) and step % self.config.validation.every == 0
+
+    @property
+    def budgets(self) -> list[float]:
+        """The budgets of the held-out losses and of the rows of the sample grid."""
+        return list(self.levels)
 
     @torch.no_grad()
     def losses(self, model: Model, accelerator: Any) -> dict[str, float]:
@@ -57,21 +63,41 @@ class Validation:
         """
         assert self.data is not None
         pieces = torch.arange(min(self.config.validation.samples, len(self.data))).split(PIECE)
-        sums = torch.zeros(len(self.budgets), len(pieces), device=accelerator.device)
+        sums = torch.zeros(len(self.levels), len(pieces), device=accelerator.device)
         for piece in range(accelerator.process_index, len(pieces), accelerator.num_processes):
             sums[:, piece] = self._losses_of(pieces[piece], model)
         # Each sum is that of one process and zero elsewhere: what comes out does not depend on their number.
         means = accelerator.reduce(sums, "sum").double().sum(1) / sum(len(piece) for piece in pieces)
-        return {f"held_out_loss/{budget:g}": float(mean) for budget, mean in zip(self.budgets, means, strict=True)}
+        return {f"held_out_loss/{budget:g}": float(mean) for budget, mean in zip(self.levels, means, strict=True)}
 
     def _losses_of(self, indices: Tensor, model: Model) -> Tensor:
         """Losses summed over some samples, for each budget."""
         assert self.data is not None
-        config, path, device = self.config, path_named(self.config.path), model.device
+        device = model.device
         x, y = self.data.batch(indices)
         x = x.to(device)
         y = map_condition(lambda v: v.to(device), y) if model.conditional else None
-        seed = derive_seed(config.seed, "held-out", int(indices[0]))
-        draws, _ = draw(config, model, path, seed, len(x), device=device)
-        objective = Objective(model, path)
-        return torch.stack([objective(x, y, draws, budget).sum() for budget in self.budgets])
+        seed = derive_seed(self.config.seed, "held-out", int(indices[0]))
+        draws, _ = draw(self.flow, self.config.label_dropout, seed, len(x), device=device)
+        objective = Objective(model, self.flow)
+        return torch.stack([objective(x, y, draws, level).sum() for level in self.levels.values()])
+
+
+def validation_levels(budgets: list[float] | None, model: Model) -> dict[float, int]:
+    """Returns the level of each budget of the validation, for a plain model of the full one alone.
+
+    Without budgets, those of the trained levels that are nearest to 1/16, 1/4, 1/2 and all of the latents.
+
+    Raises:
+        ElitError: a budget outside (0, 1], or one that is not trained.
+    """
+    checked = [check_budget(budget, "validation.budgets") for budget in budgets or ()]
+    if model.interface is None:
+        return {1.0: 0}
+    if budgets is not None:
+        return {budget: model.level(budget) for budget in checked}
+    nearest = (
+        min(model.levels, key=lambda level: (abs(level / model.num_latents - budget), -level))
+        for budget in DEFAULT_BUDGETS
+    )
+    return {level / model.num_latents: level for level in nearest}
