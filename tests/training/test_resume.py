@@ -1,13 +1,16 @@
 """A run that is killed ends where it would have ended."""
 
+import os
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from elit import ElitError
-from elit.training import Trainer, state
+from elit.training import OptimizerConfig, StepReport, Trainer, state
+from elit.training.deterministic import deterministic_algorithms
 from tests.helpers.runs import STEPS, arguments, config, contents, kill, moments, wait_for_line
 
 
@@ -101,3 +104,45 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for report in Trainer(config(run)):
         assert report.step == 11
         break
+
+
+def test_a_deterministic_run_is_the_same_on_a_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch is told during steps alone, and a run may be continued with the setting or without."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    during = []
+
+    class Watched(Trainer):
+        def _train_step(self) -> StepReport:
+            during.append(torch.are_deterministic_algorithms_enabled())
+            return super()._train_step()
+
+    settings = {"steps": 16, "optimizer": OptimizerConfig("muon", lr=1e-3, warmup_steps=5)}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    Watched(config(whole, **settings)).run_to_end()
+    assert during == [False] * 16
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    for report in Watched(config(run, deterministic=True, **settings)):
+        assert not torch.are_deterministic_algorithms_enabled()
+        if report.step == 12:
+            break
+    assert during[16:] == [True] * 12
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    Watched(config(run, **settings)).run_to_end()
+    assert contents(run, 16) == contents(whole, 16)
+
+
+def test_flags_of_torch_are_restored_after_an_error() -> None:
+    cudnn = torch.backends.cudnn
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    cudnn.benchmark = True
+    try:
+        with pytest.raises(ZeroDivisionError), deterministic_algorithms(True):
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+            assert cudnn.deterministic
+            assert not cudnn.benchmark
+            raise ZeroDivisionError
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert (cudnn.deterministic, cudnn.benchmark) == (False, True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        cudnn.benchmark = False
