@@ -31,6 +31,15 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_text_can_be_trained_on(saved: Path) -> None:
+    """It is a constant, and no tensor that autograd refuses."""
+    tokens = TextEncoder(saved)(["a handwritten three"]).tokens
+    assert not tokens.requires_grad
+    weight = torch.ones(16, requires_grad=True)
+    (tokens * weight).sum().backward()
+    assert weight.grad is not None and torch.equal(weight.grad, tokens.sum((0, 1)))
+
+
 def test_prompts_become_text(saved: Path) -> None:
     encoder = TextEncoder(saved)
     text = encoder(["a handwritten three", "", "four"])

@@ -1,4 +1,4 @@
-"""Data sets. `open_data` finds one by name or place."""
+"""Data sets, which `open_data` opens by name or path."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ CLIPS = re.compile(r"(\d+)x(\d+)x(\d+)(?:/(\d+))?")  # FRAMESxHEIGHTxWIDTH, or w
 
 
 def open_data(name: str, held_out: bool = False, text_encoder: str = WORDS, flips: bool = False) -> Data:
-    """A data set: its training part, or the part held out.
+    """Opens a data set: its training part, or the part held out.
 
     Args:
         name: an embedded data set; or a folder or URL of latent shards, of the published layout, or of images (also a

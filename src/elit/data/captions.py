@@ -20,7 +20,7 @@ CAPTIONS = tuple(f"a handwritten {numeral}" for numeral in NUMERALS)
 
 @dataclass(frozen=True)
 class Captioned:
-    """Data with captions instead of labels. They are embedded when a batch wants them, each of a batch once.
+    """Data with captions instead of labels, which are embedded when a batch asks for them, each different one once.
 
     Attributes:
         data: the samples.
@@ -41,7 +41,7 @@ class Captioned:
         return len(self.data)
 
     def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Text]:
-        """Samples (B, C, H, W) and their captions at indices (B,)."""
+        """Returns samples (B, C, H, W) and their embedded captions at indices (B,)."""
         wanted = [self.captions[i] for i in indices.tolist()]
         place = {caption: i for i, caption in enumerate(dict.fromkeys(wanted))}
         rows = torch.tensor([place[caption] for caption in wanted])
@@ -50,7 +50,7 @@ class Captioned:
 
 
 class WordVectors:
-    """The smallest text encoder: one random vector for each word, the same everywhere. For tests and first runs.
+    """Encodes each word of a prompt as one random vector, the same everywhere: the smallest encoder, for first runs.
 
     Args:
         width: of the vectors.
@@ -60,7 +60,7 @@ class WordVectors:
         self.width = width
 
     def __call__(self, prompts: Sequence[str]) -> Text:
-        """One token per word, padded to the longest prompt; the empty one is a token of zeros."""
+        """Encodes prompts: one token per word, padded to the longest prompt; the empty prompt is a token of zeros."""
         words = [prompt.split() or [""] for prompt in prompts]
         vectors = [torch.stack([word_vector(word, self.width) for word in each]) for each in words]
         known = torch.tensor([len(each) for each in words])
@@ -70,11 +70,11 @@ class WordVectors:
 
 @lru_cache(maxsize=100_000)
 def word_vector(word: str, width: int) -> Tensor:
-    """The random vector of a word (width,)."""
+    """Draws the vector of a word (width,), a function of the word alone."""
     return normal(generator("word", word), width) if word else torch.zeros(width)
 
 
 def captioned_digits(held_out: bool = False) -> Captioned:
-    """The digits, each with a caption such as "a handwritten three"."""
+    """Opens the digits, each with a caption such as "a handwritten three"."""
     data = digits(held_out)
     return Captioned(data, [CAPTIONS[label] for label in data.labels.tolist()], WordVectors())

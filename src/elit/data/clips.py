@@ -22,7 +22,7 @@ FRAMES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
 class ClipFolder:
-    """Videos of a folder, one clip of each: the middle frames, cropped to their middle and scaled.
+    """A folder of videos as clips, one of each video: its middle frames, cropped to their middle and scaled.
 
     With videos in subfolders, those are the classes, in the order of their names; with videos in the folder itself
     there are none. A ``metadata.jsonl`` as of images gives captions instead. Clips are read when a batch wants them.
@@ -79,11 +79,11 @@ class ClipFolder:
         return len(self.videos)
 
     def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
-        """Clips (B, 3, T, H, W) in [-1, 1] and labels (B,) at indices (B,)."""
+        """Returns clips (B, 3, T, H, W) in [-1, 1] and labels (B,) at indices (B,)."""
         return torch.stack([self.clip(self.videos[i]) for i in indices.tolist()]), self.labels[indices]
 
     def clip(self, video: Path) -> Tensor:
-        """(3, T, H, W) in [-1, 1]."""
+        """Reads the clip of one video, (3, T, H, W) in [-1, 1]."""
         images = read_video(video)
         needed = (self.frames - 1) * self.stride + 1
         if len(images) < needed:
@@ -96,17 +96,17 @@ class ClipFolder:
 
 
 def _videos_in(folder: Path) -> list[Path]:
-    """Video files and folders of frames directly in a folder, by name."""
+    """Lists video files and folders of frames directly in a folder, by name."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEOS or _frames_in(path))
 
 
 def _frames_in(folder: Path) -> list[Path]:
-    """Frames directly in a folder, by name; none where it is no folder."""
+    """Lists the frames directly in a folder, by name; none where it is no folder."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in FRAMES) if folder.is_dir() else []
 
 
 def read_video(path: Path) -> list[Image.Image]:
-    """The frames of a video, in RGB.
+    """Reads all frames of a video, in RGB.
 
     Raises:
         ElitError: it cannot be read, or imageio is missing.
@@ -127,7 +127,7 @@ def read_video(path: Path) -> list[Image.Image]:
 
 
 def write_video(frames: Sequence[Image.Image], path: Path, fps: int = 8) -> None:
-    """Frames as an endless ``.gif``, or as an ``.mp4`` (whose sides are cropped to even numbers, as its codec wants).
+    """Writes frames as an endless ``.gif``, or as an ``.mp4``, whose codec wants sides cropped to even numbers.
 
     Raises:
         ElitError: imageio is missing for an ``.mp4``.

@@ -1,4 +1,4 @@
-"""Images of any size and mode to a folder of square PNGs with ``dataset.json``, the EDM layout, or with captions."""
+"""Converts images of any size and mode to a folder of square PNGs with ``dataset.json`` (the EDM layout) or captions."""
 
 import json
 import os
@@ -63,12 +63,12 @@ def convert_images(
 
 
 def image_name(i: int) -> str:
-    """Where the i-th image lies in the folder."""
+    """Returns the name of the i-th image in the folder."""
     return f"{i // FOLDER_SIZE:05d}/img{i:08d}.png"
 
 
 def available_cpus() -> int:
-    """Processors that this process may use."""
+    """Counts the processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -88,7 +88,7 @@ def _convert_image(root: Path, out: Path, transform: str, resolution: int, job: 
 
 
 def _in_processes(convert: "partial[str | None]", jobs: list[tuple[int, str]], workers: int) -> Iterable[str | None]:
-    """Results in the order of the jobs."""
+    """Yields results in the order of the jobs."""
     if workers == 1:
         yield from map(convert, jobs)
         return

@@ -1,4 +1,4 @@
-"""What training needs of data."""
+"""The interface that training asks of a data set, and the simplest data set: tensors in memory."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -7,22 +7,22 @@ from torch import Tensor
 
 
 class Data(Protocol):
-    """Samples in the model's space, with labels or text."""
+    """A data set: samples in the model's space (pixels or latents), with labels or text."""
 
     @property
     def num_classes(self) -> int:
-        """Number of labels; 0 for unlabelled data."""
+        """The number of classes; 0 for unlabelled data."""
         ...
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one sample: (C, H, W)."""
+        """The shape of one sample, (C, H, W)."""
         ...
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Any]:
-        """Samples (B, C, H, W) and labels (B,), or :class:`~elit.conditions.Text`, at indices (B,).
+        """Returns samples (B, C, H, W) and labels (B,), or :class:`~elit.conditions.Text`, at indices (B,).
 
         Data with chance in it (latents of a posterior, mirror images) derives it from the seed and the index of each
         sample, so that processes that share a batch see the same samples as one process alone. Without a seed there is

@@ -22,7 +22,7 @@ OFFSETS = [(row, column) for row in (0, 2, 4) for column in (0, 2, 4)]
 
 @lru_cache(maxsize=1)
 def _raw() -> tuple[Tensor, Tensor]:
-    """Images (1797, 1, 8, 8) in [0, 1] and labels (1797,), in an order of our own."""
+    """Returns images (1797, 1, 8, 8) in [0, 1] and labels (1797,), in an order of our own."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -41,13 +41,13 @@ def _split(held_out: bool) -> tuple[Tensor, Tensor]:
 
 
 def digits8(held_out: bool = False) -> ImageData:
-    """The raw digits: 1437 to train on or 360 held out, (1, 8, 8)."""
+    """Returns the raw digits: 1437 to train on or 360 held out, (1, 8, 8)."""
     images, labels = _split(held_out)
     return ImageData(images * 2 - 1, labels, NUM_CLASSES)
 
 
 def digits(held_out: bool = False) -> ImageData:
-    """Nine placements of each digit: 12933 images to train on or 3240 held out, (1, 16, 16).
+    """Returns nine placements of each digit: 12933 images to train on or 3240 held out, (1, 16, 16).
 
     The nine placements of a digit follow each other.
     """

@@ -1,4 +1,4 @@
-"""Images to the posteriors of their latents, in safetensors shards with an index."""
+"""Encodes images to the posteriors of their latents, in safetensors shards with an index."""
 
 import hashlib
 import json
@@ -140,7 +140,7 @@ class Encoding:
         )
 
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Bytes (b, 3, R, R) -> mean and std of each, and of its mirror image after it."""
+        """Encodes bytes (b, 3, R, R) to mean and std of each image, and of its mirror image after it."""
         pixels = pixels.to(self.autoencoder.device, non_blocking=True)
         if self.settings["flips"]:
             pixels = torch.stack((pixels, pixels.flip(-1)), dim=1).flatten(0, 1)
@@ -181,7 +181,7 @@ class Encoding:
         return self.out / f"shard-{shard:05d}.safetensors"
 
     def _is_there(self, shard: int) -> bool:
-        """Whether a shard was written before, with these settings."""
+        """Returns whether a shard was written before, with these settings."""
         file = self._file(shard)
         if not file.exists():
             return False

@@ -31,7 +31,7 @@ class Flipped:
         return len(self.data)
 
     def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Any]:
-        """As of the data, (B, C, ..., W); not mirrored without a seed."""
+        """Returns samples (B, C, ..., W) and labels; without a seed no sample is mirrored."""
         x, y = self.data.batch(indices, seed)
         if seed is None:
             return x, y

@@ -1,4 +1,4 @@
-"""Image folders and zips as training data: pixels, read when they are asked for."""
+"""Image folders and zips as training data: pixels that are read when a batch asks for them."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -40,15 +40,15 @@ class ImageFolder:
         return len(self.source)
 
     def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, R, R) in [-1, 1] and labels (B,). There is no chance in them."""
+        """Returns images (B, 3, R, R) in [-1, 1] and labels (B,), whatever the seed."""
         return from_uint8(self.pixels(indices)), self.labels[indices]
 
     def pixels(self, indices: Tensor) -> Tensor:
-        """Images as bytes (B, 3, R, R), read by several threads."""
+        """Reads images as bytes (B, 3, R, R), in several threads."""
         return torch.stack(list(self._threads.map(self.image, indices.tolist())))
 
     def image(self, index: int) -> Tensor:
-        """One image as bytes (3, R, R)."""
+        """Reads one image as bytes (3, R, R)."""
         pixels = self._read(index)
         if pixels.shape != self.shape:
             height, width = pixels.shape[1:]

@@ -44,13 +44,13 @@ class LatentData(ABC):
 
     @abstractmethod
     def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (B, C, h, w), float32 and not scaled, at indices (B,)."""
+        """Returns mean and standard deviation (B, C, h, w), float32 and not scaled, at indices (B,)."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
-        """Scaled latents (B, C, h, w) and labels (B,); the mean without a seed."""
+        """Returns scaled latents (B, C, h, w) and labels (B,); without a seed the latents are the mean."""
         mean, std = self.moments(indices)
         latents = mean if seed is None else mean + std * self._noise(indices, seed).to(std.device)
         scale, shift = self.scaling
@@ -90,7 +90,7 @@ class LatentShards(LatentData):
         return mean.float(), std.float()
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Shard and row of an index."""
+        """Returns shard and row of an index."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return shard, index - int(self._ends[shard - 1] if shard else 0)
 
@@ -121,7 +121,7 @@ class _Shards:
 
 
 def read_index(file: Path) -> dict[str, Any]:
-    """The content of an ``index.json`` of shards.
+    """Reads the ``index.json`` of shards.
 
     Raises:
         ElitError: it is missing, damaged or something else.
@@ -167,7 +167,7 @@ class PublishedLatents(LatentData):
         return mean, std
 
     def source_images(self) -> ImageFolder:
-        """The images that were encoded, in the same order.
+        """Opens the images that were encoded, in the same order.
 
         Raises:
             ElitError: the folder ``images`` is missing, or holds others.
@@ -189,7 +189,7 @@ class PublishedLatents(LatentData):
         return torch.from_numpy(values)
 
     def _labels(self, root: Path) -> tuple[list[int], int]:
-        """Labels in the order of the files, and the number of classes."""
+        """Returns labels in the order of the files, and the number of classes."""
         names = [file.relative_to(root / PUBLISHED).as_posix() for file in self.files]
         found = [file for file in (root / PUBLISHED / LABELS, root / LABELS, root / "images" / LABELS) if file.exists()]
         if not found:
@@ -205,7 +205,7 @@ class PublishedLatents(LatentData):
 
 
 def _number(name: str) -> str:
-    """The digits that end a file's name: ``00000/img-mean-std-00000012.npy`` -> ``00000012``."""
+    """Returns the digits that end a file's name: ``00000/img-mean-std-00000012.npy`` -> ``00000012``."""
     stem = Path(name).stem
     return stem[len(stem.rstrip("0123456789")) :]
 

@@ -12,7 +12,7 @@ PATHS = 2  # per digit
 
 
 def moving_digits(held_out: bool = False) -> ImageData:
-    """Two paths of each digit: 2874 clips to train on or 720 held out, (1, 8, 16, 16), pixels in [-1, 1].
+    """Makes two clips of each digit: 2874 to train on or 720 held out, (1, 8, 16, 16), pixels in [-1, 1].
 
     A digit of 8 x 8 pixels starts anywhere and moves by -1, 0 or 1 pixels a frame along each axis, never by 0 along
     both.
@@ -33,5 +33,5 @@ def moving_digits(held_out: bool = False) -> ImageData:
 
 
 def bounce(position: Tensor, end: int) -> Tensor:
-    """Positions on a line, reflected at 0 and ``end``."""
+    """Reflects positions on a line at 0 and ``end``."""
     return end - (position.remainder(2 * end) - end).abs()

@@ -1,4 +1,8 @@
-"""Data behind URLs, through fsspec."""
+"""Data behind URLs, through fsspec.
+
+The caches of fsspec itself (``filecache``, ``simplecache``) keep files under hashed names in one flat folder, and do
+not keep processes apart; data sets need their folders and names, so the copying is here.
+"""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +20,13 @@ FETCHERS = 16  # files at a time: of small ones, the answer of the store takes l
 
 
 def cache_folder() -> Path:
-    """Where copies, weights and features are kept: ``$ELIT_CACHE``, or ``elit`` in the user's cache folder."""
+    """Returns the folder of copies, weights and features: ``$ELIT_CACHE``, or ``elit`` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("ELIT_CACHE") or Path(base) / "elit")
 
 
 def local_copy(location: str | Path) -> Path:
-    """A path as it is; of a URL (``s3://bucket/folder``, ``https://.../images.zip``), its copy in the cache.
+    """Returns a path as it is, and for a URL (``s3://bucket/folder``, ``https://.../x.zip``) its copy in the cache.
 
     Files that are in the cache with the right size are not fetched again, so an interrupted copy continues.
 
@@ -56,7 +60,7 @@ def local_copy(location: str | Path) -> Path:
 
 
 def _fetch(system: Any, folder: Path, names: dict[str, str], sizes: dict[str, int]) -> None:
-    """Copies what is not there, several files at a time; one process of a launch does, the others wait for it."""
+    """Copies the files that are missing, several at a time; one process of a machine copies and the others wait."""
 
     def is_there(file: str) -> bool:
         target = folder / names[file]

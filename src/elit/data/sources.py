@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Source:
-    """Images in a fixed order, that of their sorted names.
+    """The images of a folder or zip file in a fixed order, that of their sorted names.
 
     Attributes:
         root: the folder or zip file.
@@ -43,19 +43,19 @@ class Source:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; 0 without labels."""
+        """The number of classes; 0 without labels."""
         return count_classes(self.labels, self.classes)
 
 
 def count_classes(labels: Sequence[int] | None, classes: Sequence[str] | None) -> int:
-    """One class per name, or up to the largest label where there are no names; 0 without labels."""
+    """Counts classes: one per name, or up to the largest label where there are no names; 0 without labels."""
     if labels is None:
         return 0
     return len(classes) if classes is not None else max(labels, default=-1) + 1
 
 
 def find_images(root: str | Path) -> Source:
-    """The images of a folder or zip file.
+    """Finds the images of a folder or zip file, and their labels or captions.
 
     With a ``metadata.jsonl`` they have captions: a line ``{"file_name": name, "text": caption}`` for each, the form of
     Hugging Face's image folders. Else labels come from its ``dataset.json`` (``{"labels": [[name, label], ...]}``, or
@@ -100,7 +100,7 @@ def _listed_bytes(root: Path, name: str) -> bytes:
 
 
 def parse_labels(text: bytes, file: Path) -> dict[str, Any]:
-    """The content of a ``dataset.json``: ``labels`` as a dictionary from name to label, or None.
+    """Parses a ``dataset.json``: returns ``labels`` as a dictionary from name to label or None, and ``classes``.
 
     Raises:
         ElitError: it is not of that form.
@@ -122,7 +122,7 @@ def parse_labels(text: bytes, file: Path) -> dict[str, Any]:
 
 
 def labels_of(names: Sequence[str], labels: dict[str, int], file: Path) -> list[int]:
-    """The labels of the names, in their order.
+    """Returns the labels of the names, in their order.
 
     Raises:
         ElitError: a name has no label, or a label no file.
@@ -131,7 +131,7 @@ def labels_of(names: Sequence[str], labels: dict[str, int], file: Path) -> list[
 
 
 def captions_of(names: Sequence[str], text: bytes, file: Path) -> list[str]:
-    """The captions of the names, in their order, from a ``metadata.jsonl``; other entries of a line are ignored.
+    """Parses a ``metadata.jsonl`` and returns the captions of the names, in their order; other entries are ignored.
 
     Raises:
         ElitError: a line is of another form, a name has no caption, or a caption no file.
@@ -165,7 +165,7 @@ def _of_each(names: Sequence[str], values: Mapping[str, T], kind: str, file: Pat
 
 
 def image_names(root: Path) -> list[str]:
-    """The images of a folder or zip file, sorted; hidden files are none.
+    """Lists the names of the images of a folder or zip file, sorted and without hidden files.
 
     Raises:
         ElitError: it is neither.
@@ -174,7 +174,7 @@ def image_names(root: Path) -> list[str]:
 
 
 def read_bytes(root: Path, name: str) -> bytes:
-    """A file of a source.
+    """Reads a file of a folder or zip file.
 
     Raises:
         CorruptImageError: it cannot be read.
@@ -195,8 +195,10 @@ def _list(root: Path) -> list[str]:
 
 @lru_cache(maxsize=4)
 def _open_zip(root: Path, process: int) -> zipfile.ZipFile:
-    """Kept open, as the table of contents of a large zip takes long to read; once per process, as forks share a file's
-    position."""
+    """Opens a zip file and keeps it open, as the table of contents of a large one takes long to read.
+
+    Each process opens its own, as forks would share the position in the file.
+    """
     try:
         return zipfile.ZipFile(root)
     except (OSError, zipfile.BadZipFile) as error:
@@ -204,6 +206,6 @@ def _open_zip(root: Path, process: int) -> zipfile.ZipFile:
 
 
 def fingerprint(source: Source) -> str:
-    """A hash of the names and of labels or captions, to tell whether work can be continued."""
+    """Hashes the names and labels or captions, to tell whether work can be continued."""
     of_images = source.labels if source.captions is None else source.captions
     return hashlib.sha256(json.dumps([list(source.names), of_images]).encode()).hexdigest()

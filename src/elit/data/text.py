@@ -15,12 +15,12 @@ WORDS = "words"
 
 
 def open_encoder(source: str | Path, device: torch.device | str | None = None) -> Callable[[Sequence[str]], Text]:
-    """``words`` for :class:`~elit.data.captions.WordVectors`; anything else is a :class:`TextEncoder`."""
+    """Opens a text encoder: ``words`` for :class:`~elit.data.captions.WordVectors`, else a :class:`TextEncoder`."""
     return WordVectors() if source == WORDS else TextEncoder(source, device=device)
 
 
 class TextEncoder:
-    """Any text encoder of ``transformers``: T5, CLIP, BERT, ... . Of a model with several parts, the one for text.
+    """Encodes prompts with a text encoder of ``transformers`` (T5, CLIP, BERT, ...), the text part of a larger model.
 
     Args:
         source: a local folder or a Hub id.
@@ -58,9 +58,9 @@ class TextEncoder:
     def width(self) -> int:
         return self.model.config.hidden_size
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Text:
-        """Prompts as text, padded on the right to the longest of them; ``[""]`` is the empty prompt."""
+        """Encodes prompts, padded on the right to the longest of them; ``[""]`` is the empty prompt."""
         found = self.tokenizer(
             list(prompts), padding=True, padding_side="right", truncation=True, max_length=self.max_length,
             return_tensors="pt",

@@ -1,4 +1,4 @@
-"""How good samples are."""
+"""Measures how good samples are."""
 
 from elit.evaluation.classifier import Classifier, classify, train_classifier
 from elit.evaluation.extractors import Extractor, open_extractor

@@ -32,7 +32,7 @@ class Classifier(nn.Module):
 
 
 def train_classifier(data: Data, seed: int = 0, steps: int = 1000, batch_size: int = 128) -> Classifier:
-    """Trains on real images; the same seed gives the same classifier."""
+    """Trains a classifier on real images; the same seed gives the same classifier."""
     with torch_seeded(seed, "classifier"):
         model = Classifier(data.shape[0], data.num_classes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
@@ -50,6 +50,6 @@ def train_classifier(data: Data, seed: int = 0, steps: int = 1000, batch_size: i
 
 @torch.inference_mode()
 def classify(model: Classifier, images: Tensor, batch_size: int = 512) -> tuple[Tensor, Tensor]:
-    """Predicted labels (M,) and features (M, 64)."""
+    """Returns predicted labels (M,) and features (M, 64)."""
     outputs = [model(part) for part in images.split(batch_size)]
     return torch.cat([logits.argmax(1) for logits, _ in outputs]), torch.cat([f for _, f in outputs])

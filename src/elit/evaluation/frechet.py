@@ -16,7 +16,7 @@ class Moments(NamedTuple):
 
 
 def moments(features: Tensor) -> Moments:
-    """Of features (M, F), the covariance with M - 1.
+    """Computes mean and covariance (with M - 1) of features (M, F).
 
     Raises:
         ElitError: fewer than two samples.
@@ -28,9 +28,9 @@ def moments(features: Tensor) -> Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """``|mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2)`` (Dowson & Landau 1982; Heusel et al. 2017).
+    """Computes ``|mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2)``.
 
-    Both roots are of symmetric matrices, so no complex number appears.
+    Sources: Dowson & Landau 1982; Heusel et al. 2017. Both roots are of symmetric matrices, so no complex number appears.
     """
     values, vectors = torch.linalg.eigh(a.covariance)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T

@@ -1,4 +1,4 @@
-"""What held-out data say of a model, without sampling; and what samples say of memory."""
+"""Measures a model on held-out data, without sampling, and how near samples are to known images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ def held_out_loss(
     seed: int = 0,
     batch_size: int = 360,
 ) -> Tensor:
-    """Flow-matching loss of every sample and draw: (draws * M,).
+    """Computes the flow-matching loss of every held-out sample and draw: (draws * M,).
 
     Times and noise depend on the seed alone: two budgets or two models see the same, so their difference is far less
     noisy than either.
@@ -61,7 +61,7 @@ class BudgetLoss:
 def losses_by_budget(
     model: Model, data: Data, budgets: Sequence[float], times: TimeDensity, path: str = "linear", draws: int = 2
 ) -> list[BudgetLoss]:
-    """Held-out losses; the last budget is to be the full one."""
+    """Computes held-out losses at several budgets, of which the last must be the full one."""
     losses = [held_out_loss(model, data, budget, times, path, draws) for budget in budgets]
     rows = []
     for budget, loss in zip(budgets, losses, strict=True):
@@ -72,7 +72,7 @@ def losses_by_budget(
 
 
 def nearest_distance(images: Tensor, others: Tensor, batch_size: int = 500) -> Tensor:
-    """Root-mean-square pixel distance from each image (M, C, H, W) to the nearest of others: (M,)."""
+    """Computes the root-mean-square pixel distance from each image (M, C, H, W) to the nearest of others: (M,)."""
     flat = others.flatten(1)
     nearest = [torch.cdist(part.flatten(1), flat).amin(1) for part in images.split(batch_size)]
     return torch.cat(nearest) / flat.shape[1] ** 0.5

@@ -15,7 +15,7 @@ BATCH = 5120  # images of a data set at a time
 
 @dataclass(frozen=True)
 class Quality:
-    """Of samples, or of real images beside them.
+    """The quality of samples, or of real images beside them.
 
     Attributes:
         accuracy: share of them that the classifier takes for what was asked.
@@ -45,7 +45,7 @@ class Judge:
         self.real = moments(torch.cat([classify(classifier, data.batch(part)[0])[1] for part in parts]))
 
     def __call__(self, images: Tensor, labels: Tensor) -> Quality:
-        """Of images (M, C, H, W) that were asked for as labels (M,)."""
+        """Judges images (M, C, H, W) that were asked for as labels (M,)."""
         predicted, features = classify(self.classifier, images)
         accuracy = (predicted == labels).float().mean().item()
         return Quality(accuracy, frechet_distance(moments(features), self.real))

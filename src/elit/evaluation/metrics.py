@@ -1,4 +1,4 @@
-"""Scores from features. All arithmetic is float64; memory does not grow with pairs of images."""
+"""Computes scores from features. All arithmetic is float64; memory does not grow with pairs of images."""
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ ROWS = 500  # of a block of distances
 
 
 def inception_score(logits: Tensor, split: int = SPLIT) -> float:
-    """``exp(E KL(p(y|x) || p(y)))`` of sequential splits, averaged (Salimans et al. 2016, as in the ADM suite).
+    """Computes the Inception score: ``exp(E KL(p(y|x) || p(y)))`` of sequential splits, averaged.
+
+    Source: Salimans et al. 2016, as in the ADM suite.
 
     Args:
         logits: (M, classes). A last split of fewer than ``split`` counts as one.
@@ -27,8 +29,10 @@ def inception_score(logits: Tensor, split: int = SPLIT) -> float:
 
 
 def precision_recall(samples: Tensor, reference: Tensor, k: int = NEIGHBOURS, rows: int = ROWS) -> tuple[float, float]:
-    """Kynkaanniemi et al. 2019: the fraction of samples (M, F) inside the k-nearest-neighbour ball of *any* reference
-    image (L, F), and the reverse.
+    """Computes precision and recall (Kynkaanniemi et al. 2019).
+
+    Precision is the fraction of samples (M, F) inside the k-nearest-neighbour ball of *any* reference image (L, F), and
+    recall the reverse.
 
     Memory: a few blocks of ``rows`` x max(M, L), beside the features.
 
@@ -43,7 +47,7 @@ def precision_recall(samples: Tensor, reference: Tensor, k: int = NEIGHBOURS, ro
 
 
 def _radii(features: Tensor, k: int, rows: int) -> Tensor:
-    """Squared distance from each to its k-th neighbour, itself not counted: (M,)."""
+    """Returns the squared distance of each row to its k-th neighbour, itself not counted: (M,)."""
     radii = []
     for start in range(0, len(features), rows):
         squared = _squared_distances(features[start : start + rows], features)
@@ -54,13 +58,13 @@ def _radii(features: Tensor, k: int, rows: int) -> Tensor:
 
 
 def _inside(points: Tensor, centres: Tensor, radii: Tensor, rows: int) -> float:
-    """The fraction of points within the ball of any centre."""
+    """Returns the fraction of points within the ball of any centre."""
     inside = sum(int((_squared_distances(part, centres) <= radii).any(1).sum()) for part in points.split(rows))
     return inside / len(points)
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """(A, F), (B, F) -> (A, B)."""
+    """Returns the squared distances (A, B) between rows (A, F) and (B, F)."""
     a = a.double()
     parts = []
     for part in b.split(ROWS):  # of float64 only a block
@@ -72,9 +76,9 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
 def kernel_distance(
     samples: Tensor, reference: Tensor, subsets: int = KID_SUBSETS, size: int = KID_SUBSET_SIZE, seed: int = KID_SEED
 ) -> float:
-    """KID (Binkowski et al. 2018): unbiased MMD^2 of the kernel ``(x y / F + 1)^3``, the mean over random subsets.
+    """Computes KID: unbiased MMD^2 of the kernel ``(x y / F + 1)^3``, the mean over random subsets.
 
-    Subsets are those that torch-fidelity draws. Where there are fewer images than ``size``, all of them are taken.
+    Source: Binkowski et al. 2018. Subsets are those that torch-fidelity draws. Where there are fewer images than ``size``, all of them are taken.
 
     Raises:
         ElitError: fewer than two of either.

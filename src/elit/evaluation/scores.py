@@ -1,4 +1,4 @@
-"""From features to scores with the protocol that made them, and whether two results can be compared."""
+"""Computes scores from features, with the protocol that made them, and says whether two results can be compared."""
 
 import hashlib
 import json
@@ -55,7 +55,7 @@ class Reference(NamedTuple):
 
 
 def open_reference(source: str | Path, extractor: Extractor) -> Reference:
-    """An ADM-style ``.npz`` with ``mu``, ``sigma``, ``mu_s``, ``sigma_s`` and/or ``arr_0``, or what
+    """Opens a reference: an ADM-style ``.npz`` with ``mu``, ``sigma``, ``mu_s``, ``sigma_s`` and/or ``arr_0``, or what
     :func:`~elit.evaluation.image_set.open_image_set` takes.
 
     Raises:
@@ -94,7 +94,7 @@ def open_reference(source: str | Path, extractor: Extractor) -> Reference:
 
 
 def _check_protocol(path: Path, found: dict[str, np.ndarray], extractor: Extractor) -> dict[str, Any]:
-    """Ours say whose features they are of; others are of Inception."""
+    """Refuses statistics of another extractor and returns their protocol; without one they are taken for Inception's."""
     if "protocol" not in found:
         if extractor.name != "inception" and "mu" in found:
             raise ElitError(f"{path} does not say of which features it is, so it is taken for Inception's only")
@@ -113,7 +113,7 @@ def _check_protocol(path: Path, found: dict[str, np.ndarray], extractor: Extract
 
 
 def save_reference(features: CachedFeatures, out: Path) -> None:
-    """Moments of all images as ``.npz``, in the layout of the ADM suite, with the protocol.
+    """Writes the moments of all images as ``.npz``, in the layout of the ADM suite, with the protocol.
 
     Raises:
         ElitError: it cannot be written.
@@ -128,7 +128,7 @@ def save_reference(features: CachedFeatures, out: Path) -> None:
 
 
 def score(samples: CachedFeatures, reference: Reference, reference_features: CachedFeatures | None) -> dict[str, Any]:
-    """All scores that an extractor gives, with their protocol.
+    """Computes all scores that an extractor gives, with their protocol.
 
     Args:
         reference_features: of the images of the reference, None where it has none: then no precision, recall and KID.
@@ -181,12 +181,12 @@ def score(samples: CachedFeatures, reference: Reference, reference_features: Cac
 
 
 def _count(reference: Reference, name: str) -> int | None:
-    """Images that the moments are of, where that is known."""
+    """Counts the images that the moments are of, where that is known."""
     return None if name in reference.moments or reference.images is None else reference.images.count
 
 
 def differences(results: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
-    """Why results are not comparable with the first one: one sentence for each reason."""
+    """Says why results are not comparable with the first one: one sentence for each reason."""
     first = results[0]["protocol"]
     return [
         f"{names[0]} and {name} are not comparable: {what} differs ({first.get(key)} and {result['protocol'].get(key)})"

@@ -39,7 +39,7 @@ def save_model(model: Model, folder: str | Path, weights: dict[str, Tensor] | No
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> Model:
-    """The model that :func:`save_model` wrote into a folder, in evaluation mode on the CPU, by default as saved.
+    """Loads the model that :func:`save_model` wrote into a folder, in evaluation mode on the CPU, by default as saved.
 
     Raises:
         ElitError: a missing, truncated or foreign file, an unknown key, or weights that do not fit the configuration.
@@ -54,7 +54,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> Model:
 
 
 def read_config(path: Path) -> Any:
-    """The configuration dataclass of a ``config.json``.
+    """Reads a ``config.json`` into its configuration dataclass.
 
     Raises:
         ElitError: it is missing, no JSON, of an unknown architecture, or has an unknown key or a wrong type.
@@ -124,7 +124,7 @@ def _decode_value(wanted: Any, value: Any, source: Path, key: str) -> tuple[bool
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
+    """Reads all tensors of a safetensors file.
 
     Raises:
         ElitError: it is missing or damaged.
@@ -141,7 +141,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file, whole or absent.
+    """Writes a safetensors file, whole or not at all.
 
     Raises:
         ElitError: the folder cannot be written, or the disk is full.
@@ -167,7 +167,7 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], source: obj
 
 
 def check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: object) -> None:
-    """Whether tensors have exactly the wanted names and shapes.
+    """Checks that tensors have exactly the wanted names and shapes.
 
     Raises:
         ElitError: names the tensors that are missing, unexpected or of another shape.
@@ -191,7 +191,7 @@ def check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], sourc
 
 
 def checkpoints(run: str | Path) -> list[Path]:
-    """Checkpoints of a run directory, oldest first. Each is whole: it took its name when it was complete."""
+    """Lists the checkpoints of a run directory, oldest first. Each is whole: it took its name when it was complete."""
     return sorted(path for path in Path(run).glob("checkpoints/step-*") if path.is_dir())
 
 
@@ -228,7 +228,7 @@ def resolve(source: str | Path, **hub: Any) -> Path:
 
 
 def _download(repo: str, file: str, **hub: Any) -> Path:
-    """The published checkpoint ``file`` of a Hub repository, or where it is empty the folder of our format."""
+    """Downloads the published checkpoint ``file`` of a Hub repository, or without ``file`` the folder of our format."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
