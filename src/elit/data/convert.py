@@ -1,4 +1,4 @@
-"""Converts images of any size and mode to a folder of square PNGs with ``dataset.json`` (the EDM layout) or captions."""
+"""Converts images of any kind to a folder of square PNG with ``dataset.json`` (the EDM layout) or captions."""
 
 import json
 import os

@@ -30,7 +30,8 @@ def moments(features: Tensor) -> Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """Computes ``|mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2)``.
 
-    Sources: Dowson & Landau 1982; Heusel et al. 2017. Both roots are of symmetric matrices, so no complex number appears.
+    Sources: Dowson & Landau 1982; Heusel et al. 2017. Both roots are of symmetric matrices, so no complex
+    number appears.
     """
     values, vectors = torch.linalg.eigh(a.covariance)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T

@@ -78,7 +78,8 @@ def kernel_distance(
 ) -> float:
     """Computes KID: unbiased MMD^2 of the kernel ``(x y / F + 1)^3``, the mean over random subsets.
 
-    Source: Binkowski et al. 2018. Subsets are those that torch-fidelity draws. Where there are fewer images than ``size``, all of them are taken.
+    Source: Binkowski et al. 2018. Subsets are those that torch-fidelity draws. Where there are fewer images than
+    ``size``, all of them are taken.
 
     Raises:
         ElitError: fewer than two of either.

@@ -94,7 +94,7 @@ def open_reference(source: str | Path, extractor: Extractor) -> Reference:
 
 
 def _check_protocol(path: Path, found: dict[str, np.ndarray], extractor: Extractor) -> dict[str, Any]:
-    """Refuses statistics of another extractor and returns their protocol; without one they are taken for Inception's."""
+    """Returns the protocol of statistics, and refuses those of another extractor; none at all means Inception."""
     if "protocol" not in found:
         if extractor.name != "inception" and "mu" in found:
             raise ElitError(f"{path} does not say of which features it is, so it is taken for Inception's only")
