@@ -31,7 +31,7 @@ class ExtractorOptions(DeviceOptions):
         weights: file or folder of the weights of the extractor; by default those in the cache.
         fdd_resize: how images are brought to the 224 pixels of dinov2: pil in bytes, as dgm-eval does, or float.
         threads: number of CPU threads of a process. Scores repeat to the last bit with the same number; with one,
-            precision and recall of 50,000 images take a quarter of an hour, and more threads are faster.
+            precision and recall of 50,000 images take minutes to a quarter of an hour, and more are faster.
     """
 
     extractor: ExtractorName = "inception"
