@@ -45,7 +45,7 @@ def benchmark(
     table = Table(
         "budget", "GFLOPs/image", "FLOPs ratio", "median (ms)", "quartiles (ms)", "latency ratio", "elastic efficiency"
     )
-    for cost in measure_costs(net, BUDGETS, batch_size, repeats):
+    for cost in measure_costs(net, [net.level(budget) for budget in BUDGETS], batch_size, repeats):
         table.add_row(
             *(budget_label(cost.budget), f"{cost.flops / 1e9:.2f}", f"{cost.flops_ratio:.3f}"),
             *(f"{cost.latency_ms:.1f}", "{:.1f} to {:.1f}".format(*cost.latency_ms_quartiles)),

@@ -112,19 +112,15 @@ def measure(config: TrainConfig, resolution: int) -> Measured:
         cuda = trainer.model.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        of_level: dict[float, int] = {}
         since = time.perf_counter()
         for report in trainer:
             if cuda:
                 torch.cuda.synchronize()
             now = time.perf_counter()
-            level = report.num_latents
-            if level not in of_level:
-                budget = level / trainer.model.num_latents if level else None
-                of_level[level] = 3 * count_flops(trainer.model, budget).flops
             if WARMUP < report.step < config.steps:  # the last step also writes the checkpoint
                 seconds.append(now - since)
-                flops.append(of_level[level] * report.batch_size)
+                forward = count_flops(trainer.model.config, int(report.num_latents)).total
+                flops.append(3 * forward * report.batch_size)
             since = time.perf_counter()
         # Means, for the levels of steps differ: medians of time and FLOPs would belong to different steps.
         mean_seconds, mean_flops = statistics.mean(seconds), statistics.mean(flops)

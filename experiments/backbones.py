@@ -83,7 +83,7 @@ def compare(
             predicted, features = classify(classifier, images)
             table.add_row(
                 name, f"{count_parameters(model) / 1e6:.2f}", f"{per_step:.2f}", f"{budget:g}",
-                f"{count_flops(model, budget).flops / 1e6:.1f}", f"{loss.mean():.4f}",
+                f"{count_flops(model.config, model.level(budget)).total / 1e6:.1f}", f"{loss.mean():.4f}",
                 f"{(predicted == labels).float().mean():.1%}", f"{frechet_distance(moments(features), real):.1f}",
             )  # fmt: skip
     Console(width=120).print(table)

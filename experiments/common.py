@@ -105,7 +105,7 @@ def measure(setting: Setting, variant: Variant) -> list[Point]:
     return [
         Point(
             budget,
-            count_flops(models[0], budget).flops,
+            count_flops(models[0].config, models[0].level(budget)).total,
             [held_out_loss(model, held_out, budget, RECIPE.times).mean().item() for model in models],
         )
         for budget in variant.budgets

@@ -95,7 +95,8 @@ def run(setting: Setting) -> None:
             models = [train_one(setting, name, padded, seed) for seed in range(setting.seeds)]
             budget = budget_of(models[0])
             losses = [content_loss(model, padded) for model in models]
-            points[name].append(Point(budget or 1.0, count_flops(models[0], budget).flops, losses))
+            flops = count_flops(models[0].config, models[0].level(budget)).total
+            points[name].append(Point(budget or 1.0, flops, losses))
     attention = [content_attention(model) for model in models]  # of the last: ELIT, padded
     results = {name: [asdict(p) for p in row] for name, row in points.items()} | {"attention to the crop": attention}
     write_json(setting, "padding", results)

@@ -62,8 +62,8 @@ def draw(model: Model, steps: int, budget: float, count: int) -> Tensor:
 
 def measure(models: Sequence[Model], solutions: Sequence[Tensor], judge: Judge, cost: int, budget: float) -> Mix:
     """Samples of every model at a cost in full steps, beside its solutions from the same noise."""
-    step = count_flops(models[0], budget).flops
-    steps = round(cost * count_flops(models[0]).flops / step)
+    step = count_flops(models[0].config, models[0].level(budget)).total
+    steps = round(cost * count_flops(models[0].config).total / step)
     samples = [draw(model, steps, budget, len(solutions[0])) for model in models]
     quality = [judge(images, torch.arange(len(images)) % 3) for images in samples]
     return Mix(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import elit
 from elit import Guidance
 from elit.analysis import calibration as calibrating
+from elit.analysis import count_flops
 from elit.analysis.calibration import Calibration, Option, calibrate, thinned
 from elit.analysis.plan import Plan, alternatives, constant, knapsack, predict, solve
 from elit.errors import ElitError
@@ -155,8 +156,9 @@ def test_cost_of_options(model: Model, guided: Calibration, plain: Calibration) 
     for option in guided.options:
         assert option.guidance is not None
         weak = option.guidance.budget
-        own = [elit.analysis.count_flops(model, level / model.num_latents).flops for level in guided.levels]
-        assert option.flops == [f + (f if weak is None else elit.analysis.count_flops(model, weak).flops) for f in own]
+        own = [count_flops(model.config, level).total for level in guided.levels]
+        of_weak = None if weak is None else count_flops(model.config, model.level(weak)).total
+        assert option.flops == [flops + (flops if of_weak is None else of_weak) for flops in own]
         assert len(option.seconds) == len(guided.levels)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 import elit
 from elit import ElitError, Guidance
 from elit.analysis import (
-    Draws,
-    Setting,
+    SamplerSettings,
+    SweepConfig,
     equal_cost_settings,
     guidance_settings,
     hsl_saturation,
@@ -51,7 +51,7 @@ def test_equal_cost(guidance: Guidance | None) -> None:
     model = tiny()
     for steps, group in zip((4, 30), equal_cost_settings(model, (4, 30), (0.25, 0.5, 1.0), guidance), strict=True):
         full = sampling_flops(model, steps, 1.0, guidance)
-        assert group[-1] == Setting(steps, 1.0, guidance)
+        assert group[-1] == SamplerSettings(steps, 1.0, guidance)
         for setting in group:
             off = abs(sampling_flops(model, setting.steps, setting.budget, guidance) - full)
             assert off <= full / steps / 2  # half a step of full budget, which none is dearer than
@@ -81,8 +81,8 @@ def judge() -> Iterator[Judge]:
 
 def test_a_sweep_is_sampling_and_judging(judge: Judge) -> None:
     model, guidance = tiny(), Guidance("ag", 2)
-    settings = [Setting(2, 0.5), Setting(3, None, guidance)]
-    first, second = sweep(model, settings, Draws(23, first_seed=7, shown=4, batch_size=10), judge)
+    settings = [SamplerSettings(2, 0.5), SamplerSettings(3, None, guidance)]
+    first, second = sweep(model, settings, SweepConfig(23, first_seed=7, shown=4, batch_size=10), judge)
     labels = torch.arange(23) % 10
     images = elit.sample(model, labels, seeds=range(7, 30), steps=3, guidance=guidance, batch_size=10)
     torch.testing.assert_close(second.images, images[:4])
@@ -100,22 +100,22 @@ def test_a_sweep_decodes_latents() -> None:
         return latents[:, :3].repeat(1, 1, 2, 2)
 
     model = tiny(in_channels=4, num_classes=0)
-    (point,) = sweep(model, [Setting(2)], Draws(3), decode=decode)
+    (point,) = sweep(model, [SamplerSettings(2)], SweepConfig(3), decode=decode)
     images = decode(elit.sample(model, seeds=range(3), steps=2))
     torch.testing.assert_close(point.images, images)
     assert point.saturation == pytest.approx(hsl_saturation(images).mean().item())
-    (undecoded,) = sweep(model, [Setting(2)], Draws(3))
+    (undecoded,) = sweep(model, [SamplerSettings(2)], SweepConfig(3))
     assert undecoded.saturation is None
 
 
 def test_prompts_come_in_turn() -> None:
     text = Text(torch.randn(2, 3, 8), torch.ones(2, 3, dtype=torch.bool))
     model = MMDiT(MMDiTConfig(4, 2, width=8, num_heads=2, depth=1, text_width=8))
-    conditions = Draws(5, text=text).conditions(model)
+    conditions = SweepConfig(5, text=text).conditions(model)
     assert isinstance(conditions, Text)
     assert torch.equal(conditions.tokens, text.tokens[[0, 1, 0, 1, 0]])
     with pytest.raises(ElitError, match="give data whose samples have captions"):
-        Draws(5).conditions(model)
+        SweepConfig(5).conditions(model)
 
 
 def test_a_judge_needs_classes() -> None:

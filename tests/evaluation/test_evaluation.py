@@ -5,7 +5,7 @@ from scipy.linalg import sqrtm
 from scipy.stats import spearmanr
 
 from elit import ElitError, create
-from elit.analysis import attention_maps, count_flops, measure_latency, on_meta, rank_correlation
+from elit.analysis import attention_maps, rank_correlation
 from elit.data import digits8
 from elit.evaluation import classify, frechet_distance, held_out_loss, moments, nearest_distance, train_classifier
 from elit.flow import TimeDensity
@@ -99,15 +99,3 @@ def test_attention_maps_need_an_interface() -> None:
     plain = create("DiT-S/2", input_size=8, in_channels=1, width=32, num_heads=2, depth=1)
     with pytest.raises(ElitError, match="need a model with a latent interface"):
         attention_maps(plain, torch.randn(1, 1, 8, 8), torch.tensor([1]), 0.5, torch.randn(1, 1, 8, 8))
-
-
-def test_flops_fall_with_the_budget(model: DiT) -> None:
-    flops = [count_flops(model, budget).flops for budget in (1 / 16, 1 / 4, 1)]
-    assert flops == sorted(flops)
-    assert flops[0] < 0.7 * flops[2]
-    assert flops == [count_flops(on_meta(model.config), budget).flops for budget in (1 / 16, 1 / 4, 1)]
-
-
-def test_latency_is_measured(model: DiT) -> None:
-    latencies = measure_latency(model, [1 / 16, None], batch_size=2, repeats=5, warmup=1)
-    assert all(0 < each.low <= each.median <= each.high for each in latencies)

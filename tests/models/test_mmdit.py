@@ -219,6 +219,5 @@ def test_sampling_without_text_is_refused() -> None:
 
 
 def test_a_named_model_counts() -> None:
-    with torch.device("meta"):
-        model = elit.create("ELIT-MMDiT-B/2", text_width=64)
-    assert count_flops(model, 1 / 16).flops < 0.75 * count_flops(model).flops
+    config = elit.models.config_for("ELIT-MMDiT-B/2", text_width=64)
+    assert count_flops(config, 1).total < 0.75 * count_flops(config).total

@@ -134,9 +134,9 @@ def test_scaled_batches_have_the_flops_of_full_budget(tmp_path: Path) -> None:
     elit = ElasticConfig(group_size=4, levels=[1, 4, 16], batching="scaled")
     trainer = Trainer(config(tmp_path / "run", elit=elit, steps=12))
     reports = list(trainer)
-    full = count_flops(trainer.model).flops * 16
+    full = count_flops(trainer.model.config, 16).total * 16
     for report in reports:
-        one = count_flops(trainer.model, report.num_latents / 16).flops
+        one = count_flops(trainer.model.config, int(report.num_latents)).total
         assert report.batch_size * one == pytest.approx(full, abs=one)  # to a whole sample
     assert {r.batch_size for r in reports if r.num_latents == 16} == {16}
     assert min(r.batch_size for r in reports if r.num_latents == 1) > 20

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import elit
+from elit.analysis import example_inputs
 from elit.data import sample_indices
 from elit.interface import BudgetByNoise
 from elit.models import DFM
@@ -100,7 +101,7 @@ def test_every_trainable_parameter_has_a_gradient(tmp_path: Path, fields: dict[s
     model = trainer.model
     for level in (1, 16):
         model.zero_grad()
-        x, t = model.example(2)
+        x, t, _ = example_inputs(model, 2)
         model(x, t, torch.tensor([1, 2]), level / 16).square().mean().backward()
         assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 

@@ -10,24 +10,21 @@ from elit.analysis.attention import (
     rank_correlation,
 )
 from elit.analysis.calibration import Calibration, calibrate
-from elit.analysis.cost import (
-    BudgetCost,
-    Cost,
-    Latency,
+from elit.analysis.flops import (
+    Flops,
     count_flops,
     count_parameters,
-    measure_costs,
-    measure_latency,
-    measure_peak_memory,
+    example_inputs,
     on_meta,
     sampling_flops,
+    velocity_flops,
 )
-from elit.analysis.formula import Part, closed_form
+from elit.analysis.measure import BudgetCost, Latency, measure_costs, measure_latency, measure_peak_memory
 from elit.analysis.plan import Plan, solve
 from elit.analysis.sweeps import (
-    Draws,
     SamplePoint,
-    Setting,
+    SamplerSettings,
+    SweepConfig,
     equal_cost_settings,
     guidance_settings,
     hsl_saturation,
@@ -40,21 +37,20 @@ __all__ = [
     "AttentionMaps",
     "BudgetCost",
     "Calibration",
-    "Cost",
-    "Draws",
+    "Flops",
     "Interval",
     "Latency",
-    "Part",
     "Plan",
     "SamplePoint",
-    "Setting",
+    "SamplerSettings",
+    "SweepConfig",
     "attention_maps",
     "calibrate",
-    "closed_form",
     "correlate",
     "count_flops",
     "count_parameters",
     "equal_cost_settings",
+    "example_inputs",
     "guidance_settings",
     "hsl_saturation",
     "mean_maps",
@@ -67,4 +63,5 @@ __all__ = [
     "sampling_flops",
     "solve",
     "sweep",
+    "velocity_flops",
 ]

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elit.analysis.cost import sampling_flops, synchronize
 from elit.analysis.environment import environment
+from elit.analysis.flops import velocity_flops
+from elit.analysis.measure import synchronize
 from elit.atomic import write_json
 from elit.conditions import Condition, map_condition
 from elit.digest import weights_digest
@@ -178,8 +179,8 @@ def calibrate(
     seconds, by_option = clock.measure(options, levels)
 
     def flops(option: Guidance | None) -> list[int]:
-        guided = _always(option)
-        return [sampling_flops(model, 1, level / model.num_latents, guided) for level in levels]
+        weak = None if option is None else weak_level(model, option)
+        return [velocity_flops(model.config, level, option, weak) for level in levels]
 
     return Calibration(
         levels=list(levels),

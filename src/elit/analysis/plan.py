@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from elit.analysis.calibration import Calibration, Option, guidance_from, root_mean_square
-from elit.analysis.cost import Latency, time_in_turns
+from elit.analysis.measure import Latency, time_interleaved
 from elit.atomic import write_json
 from elit.conditions import Condition
 from elit.errors import ElitError
@@ -171,7 +171,7 @@ def measure_seconds(
     def run(plan: Plan) -> None:
         sample(model, labels, seeds=range(batch_size), batch_size=batch_size, **plan.arguments())
 
-    return time_in_turns([partial(run, plan) for plan in plans], model.device, rounds, warmup=2)
+    return time_interleaved([partial(run, plan) for plan in plans], model.device, rounds, warmup=2)
 
 
 def measure_error(samples: Tensor, reference: Tensor) -> float:

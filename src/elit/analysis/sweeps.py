@@ -1,24 +1,24 @@
-"""Samples of one model from the same noise at many settings: what each costs, and how good it is."""
+"""Samples one model from the same noise at many settings, to see what each costs and how good it is."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from elit.analysis.cost import sampling_flops
+from elit.analysis.flops import sampling_flops
 from elit.conditions import Condition, Text, map_condition
 from elit.errors import ElitError
-from elit.evaluation import Judge, Quality
 from elit.flow import Guidance, sample
 from elit.flow.solvers import check_steps
 from elit.models import Model
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Of the sampler: Euler steps, one budget, guidance or none."""
+class SamplerSettings:
+    """How samples are drawn: the number of Euler steps, one budget for all of them, and guidance or none."""
 
     steps: int
     budget: float | None = None
@@ -27,34 +27,35 @@ class Setting:
 
 @dataclass(frozen=True)
 class SamplePoint:
-    """Samples at a setting.
+    """Samples that were drawn with some settings, what they cost and how good they are.
 
     Attributes:
         flops: of one sample, all steps; ``flops_per_step`` of one step, the weak term of guidance included.
         seconds: per sample, in batches, of this one run: a rough figure beside the FLOPs.
-        quality: where there is a judge.
-        saturation: mean of the samples in HSL; None where they are not RGB.
+        quality: what the judge says, such as :class:`elit.evaluation.Quality`; None without one.
+        saturation: mean saturation of the samples in HSL; None where they are not RGB.
         images: the first samples (M, C, H, W), decoded where there is a decoder.
     """
 
-    setting: Setting
+    setting: SamplerSettings
     flops: int
     flops_per_step: int
     seconds: float
-    quality: Quality | None
+    quality: Any
     saturation: float | None
     images: Tensor = field(repr=False)
 
 
 @dataclass(frozen=True)
-class Draws:
+class SweepConfig:
     """What all settings of a sweep share: conditions and seeds, hence the noise.
 
     Attributes:
         count: number of samples, with the seeds ``first_seed``, ``first_seed + 1``, ...
         text: prompts in turn, for models of text; classes come in turn by themselves.
         shown: how many samples a :class:`SamplePoint` keeps.
-        path: that of training.
+        batch_size: samples at a time.
+        path: the path that the model was trained on.
     """
 
     count: int
@@ -65,7 +66,7 @@ class Draws:
     path: str = "linear"
 
     def conditions(self, model: Model) -> Condition | None:
-        """One per sample: all classes in turn, or all prompts.
+        """Returns one condition per sample: all classes in turn, or all prompts; None for an unconditional model.
 
         Raises:
             ElitError: a model of text without prompts.
@@ -75,29 +76,30 @@ class Draws:
         if model.config.num_classes:
             return torch.arange(self.count) % model.config.num_classes
         if self.text is None:
-            raise ElitError("the model has a text stream: give data whose samples have captions")
+            raise ElitError("the model takes text: give data whose samples have captions")
         which = torch.arange(self.count) % len(self.text.mask)
         return map_condition(lambda values: values[which], self.text)
 
 
 def sweep(
     model: Model,
-    settings: Iterable[Setting],
-    draws: Draws,
-    judge: Judge | None = None,
+    settings: Iterable[SamplerSettings],
+    config: SweepConfig,
+    judge: Callable[[Tensor, Tensor], Any] | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[SamplePoint]:
-    """Draws the same samples at every setting, one point at a time.
+    """Draws the same samples with each of several settings, one point at a time.
 
     Args:
-        judge: of the model's own space; it needs labels.
+        judge: (samples in the model's own space, labels) -> quality, such as :class:`elit.evaluation.Judge`; for models
+            with classes.
         decode: latents to images, for models on latents.
 
     Raises:
         ElitError: settings or conditions that :func:`elit.sample` refuses.
     """
-    conditions = draws.conditions(model)
-    seeds = range(draws.first_seed, draws.first_seed + draws.count)
+    conditions = config.conditions(model)
+    seeds = range(config.first_seed, config.first_seed + config.count)
     for setting in settings:
         flops = sampling_flops(model, setting.steps, setting.budget, setting.guidance)
         start = time.perf_counter()
@@ -108,20 +110,23 @@ def sweep(
             steps=setting.steps,
             budget=setting.budget,
             guidance=setting.guidance,
-            path=draws.path,
-            batch_size=draws.batch_size,
+            path=config.path,
+            batch_size=config.batch_size,
         )
-        seconds = (time.perf_counter() - start) / draws.count
+        seconds = (time.perf_counter() - start) / config.count
         quality = judge(samples.cpu(), conditions) if judge and isinstance(conditions, Tensor) else None
         images = samples if decode is None else decode(samples)
         saturation = hsl_saturation(images).mean().item() if images.dim() == 4 and images.shape[1] == 3 else None
         yield SamplePoint(
-            setting, flops, flops // setting.steps, seconds, quality, saturation, images[: draws.shown].cpu()
+            setting, flops, flops // setting.steps, seconds, quality, saturation, images[: config.shown].cpu()
         )
 
 
 def hsl_saturation(images: Tensor) -> Tensor:
-    """Mean saturation, in HSL, of RGB images (B, 3, H, W) in [-1, 1]: (B,) in [0, 1]. Black, white and grey have 0."""
+    """Returns the mean saturation, in HSL, of RGB images (B, 3, H, W) in [-1, 1]: (B,) in [0, 1].
+
+    Black, white and grey have 0.
+    """
     rgb = (images.clamp(-1, 1) + 1) / 2
     high, low = rgb.amax(1), rgb.amin(1)
     room = 1 - (high + low - 1).abs()  # the largest difference that the lightness leaves
@@ -133,8 +138,8 @@ def hsl_saturation(images: Tensor) -> Tensor:
 
 def guidance_settings(
     model: Model, scales: Sequence[float], steps: int, budget: float | None = None, weak_budget: float | None = None
-) -> list[Setting]:
-    """No guidance, and every kind that the model allows at every scale.
+) -> list[SamplerSettings]:
+    """Lists settings without guidance, and with every kind that the model allows at every scale.
 
     Args:
         weak_budget: of ``ag`` and ``ccfg``; None is the model's lowest.
@@ -150,13 +155,14 @@ def guidance_settings(
         kinds += [Guidance("ccfg", scale, weak_budget) for scale in scales if model.conditional]
     if not kinds:
         raise ElitError("the model has neither classes to drop nor budgets to lower, so it cannot be guided")
-    return [Setting(steps, budget), *(Setting(steps, budget, guidance) for guidance in kinds)]
+    return [SamplerSettings(steps, budget), *(SamplerSettings(steps, budget, guidance) for guidance in kinds)]
 
 
 def equal_cost_settings(
     model: Model, steps: Sequence[int], budgets: Sequence[float], guidance: Guidance | None = None
-) -> list[list[Setting]]:
-    """For each number of steps at full budget: every budget, with as many steps as cost nearest to the same.
+) -> list[list[SamplerSettings]]:
+    """Lists settings of equal cost: for each number of steps at full budget, every budget with as many steps as cost
+    nearest to the same.
 
     Returns:
         One group of about equal cost per number of steps.
@@ -170,11 +176,11 @@ def equal_cost_settings(
         check_steps(number)
     full = sampling_flops(model, 1, None, guidance)
     relative = {budget: sampling_flops(model, 1, budget, guidance) / full for budget in budgets}
-    return [[Setting(max(1, round(n / relative[b])), b, guidance) for b in budgets] for n in steps]
+    return [[SamplerSettings(max(1, round(n / relative[b])), b, guidance) for b in budgets] for n in steps]
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Of (cost, badness) points, the indices of those that no other beats in both, by rising cost."""
+    """Returns the indices of those (cost, badness) points that no other beats in both, by rising cost."""
     front: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: points[i]):
         if not front or points[i][1] < points[front[-1]][1]:

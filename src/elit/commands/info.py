@@ -19,13 +19,14 @@ SHOWN_BUDGETS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
 def describe(model: Model, budgets: Sequence[float] = SHOWN_BUDGETS) -> dict[str, Any]:
     """Parameters, and FLOPs and MACs of one forward of one sample at budgets."""
-    costs = [count_flops(model, budget) for budget in (budgets if model.levels else (1.0,))]
+    levels = {budget: model.level(budget) for budget in (budgets if model.levels else (1.0,))}
+    costs = [(budget, level, count_flops(model.config, level)) for budget, level in levels.items()]
     return {
         "parameters": count_parameters(model),
         "input": model.input_shape(),
         "tokens": model.config.grid_size,
         "levels": model.levels,
-        "costs": [{"budget": c.budget, "num_latents": c.num_latents, "flops": c.flops, "macs": c.macs} for c in costs],
+        "costs": [{"budget": b, "num_latents": level, "flops": c.total, "macs": c.macs} for b, level, c in costs],
     }
 
 

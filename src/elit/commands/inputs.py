@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from elit.analysis import Draws
+from elit.analysis import SweepConfig
 from elit.commands.info import SHOWN_BUDGETS
 from elit.commands.options import ModelOptions
 from elit.commands.processes import this_process
@@ -17,7 +17,6 @@ from elit.data import Data, open_data
 from elit.data.autoencoder import decode, load_autoencoder
 from elit.errors import ElitError
 from elit.evaluation import Judge, Quality, train_classifier
-from elit.interface import check_budget
 from elit.models import Model
 from elit.models.files import load
 from elit.seeding import generator, permutation
@@ -106,15 +105,15 @@ def random_indices(data: Data, count: int) -> Tensor:
 
 
 def resolve_budgets(model: Model, given: Sequence[float] | None) -> list[float]:
-    """Returns the given budgets, ascending and with full budget added; by default every level of the model.
+    """Returns the budgets of the model's levels, or of those that given budgets mean, ascending, the highest added.
 
     Raises:
-        ElitError: a budget outside (0, 1].
+        ElitError: a budget outside (0, 1], or one that the model was not trained for.
     """
     if not model.levels:
         return [1.0]
-    every = [level / model.num_latents for level in model.levels]
-    return sorted({1.0, *(every if given is None else (check_budget(budget) for budget in given))})
+    levels = model.levels if given is None else {model.level(None), *map(model.level, given)}
+    return [level / model.num_latents for level in sorted(levels)]
 
 
 def halved_budgets(model: Model) -> list[float]:
@@ -122,7 +121,9 @@ def halved_budgets(model: Model) -> list[float]:
     return [b for b in SHOWN_BUDGETS if not model.levels or b * model.num_latents >= model.levels[0]]
 
 
-def choose_samples(inputs: Inputs, options: SampleCountOptions, path: str, all_of_them: bool = False) -> Draws | None:
+def choose_samples(
+    inputs: Inputs, options: SampleCountOptions, path: str, all_of_them: bool = False
+) -> SweepConfig | None:
     """Decides which samples to draw: a few for pictures alone, or None where nothing could be said of any.
 
     Args:
@@ -145,4 +146,4 @@ def choose_samples(inputs: Inputs, options: SampleCountOptions, path: str, all_o
     if not has_conditions or not (inputs.judge or inputs.shows):
         return None
     only_shown = not (inputs.judge or all_of_them)
-    return Draws(SHOWN if only_shown else count, options.seed, text, SHOWN, options.batch_size, path)
+    return SweepConfig(SHOWN if only_shown else count, options.seed, text, SHOWN, options.batch_size, path)

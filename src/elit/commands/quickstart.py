@@ -11,7 +11,15 @@ from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
-from elit.analysis import Draws, Setting, correlate, count_parameters, mean_maps, measure_costs, sweep
+from elit.analysis import (
+    SamplerSettings,
+    SweepConfig,
+    correlate,
+    count_parameters,
+    mean_maps,
+    measure_costs,
+    sweep,
+)
 from elit.analysis.environment import environment
 from elit.atomic import write_json
 from elit.commands.train import show_progress
@@ -187,8 +195,10 @@ def quickstart(out: Path = Path("runs/quickstart"), minutes: float | None = None
 def measure(model: Model, config: TrainConfig, train: Data, held_out: Data) -> tuple[dict[str, Any], dict[str, Any]]:
     """Everything that the report shows: numbers, and the tensors of its pictures."""
     judge = Judge(train_classifier(train, config.seed), train)
-    draws = Draws(NUM_SAMPLES, config.seed * NUM_SAMPLES, shown=NUM_SAMPLES, batch_size=250)
-    settings = [Setting(SAMPLING_STEPS, budget, guidance) for guidance in GUIDANCE.values() for budget in BUDGETS]
+    draws = SweepConfig(NUM_SAMPLES, config.seed * NUM_SAMPLES, shown=NUM_SAMPLES, batch_size=250)
+    settings = [
+        SamplerSettings(SAMPLING_STEPS, budget, guidance) for guidance in GUIDANCE.values() for budget in BUDGETS
+    ]
     quality: dict[str, list[dict[str, Any]]] = {name: [] for name in GUIDANCE}
     grids: dict[str, list[Tensor]] = {name: [] for name in GUIDANCE}
     names = [name for name in GUIDANCE for _ in BUDGETS]
@@ -200,8 +210,9 @@ def measure(model: Model, config: TrainConfig, train: Data, held_out: Data) -> t
         grids[name].append(point.images[:GRID_CLASSES])
     copying = measure_copying(point.images, train, held_out)
     attention, maps = measure_attention(model, held_out)
+    levels = [model.level(budget) for budget in BUDGETS]
     results = {
-        "costs": [asdict(cost) for cost in measure_costs(model, BUDGETS, LATENCY_BATCH, repeats=30)],
+        "costs": [asdict(cost) for cost in measure_costs(model, levels, LATENCY_BATCH, repeats=30)],
         "held_out_loss": [
             asdict(each) for each in losses_by_budget(model, held_out, BUDGETS, config.times, config.path)
         ],

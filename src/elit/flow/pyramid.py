@@ -200,7 +200,8 @@ class PyramidFlow:
         return schedule.times()
 
     def spread(self, t: Tensor) -> Tensor:
-        return t.repeat_interleave(torch.tensor(self.sizes, device=t.device), dim=-1)
+        sizes, total = torch.tensor(self.sizes, device=t.device), self.state_shape[0]
+        return t.repeat_interleave(sizes, dim=-1, output_size=total)
 
     def noise_level(self, t: Tensor) -> Tensor:
         """Averages times (..., S) over the elements of the state."""

@@ -189,18 +189,3 @@ class Model(nn.Module, HubModel):
             return torch.where(dropped.view(-1, *(1,) * (value.dim() - 1)), null, value)
 
         return map_condition(choose, self.null_condition(y), y)
-
-    # -------------------------------------------------------------------------------------------- for measuring
-
-    def example(self, batch_size: int) -> tuple[Any, Tensor]:
-        """Draws x and t of the shapes that a forward takes, on the model's device and in its dtype."""
-        device, dtype, stages = self.device, self.dtype, self.stage_shapes
-        if stages is None:
-            x: Any = torch.randn(batch_size, *self.input_shape(), device=device, dtype=dtype)
-            return x, torch.rand(batch_size, device=device)
-        x = [torch.randn(batch_size, *shape, device=device, dtype=dtype) for shape in stages]
-        return x, torch.rand(batch_size, len(stages), device=device)
-
-    def example_condition(self, batch_size: int) -> Condition | None:
-        """Returns conditions of the shapes that a forward takes."""
-        return torch.zeros(batch_size, dtype=torch.long, device=self.device) if self.conditional else None

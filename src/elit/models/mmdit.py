@@ -159,10 +159,6 @@ class MMDiT(DiT):
         text = self.check_text(given)  # type: ignore[arg-type]
         return Text(text.tokens.to(self.device, self.dtype), text.mask.to(self.device, torch.bool))
 
-    def example_condition(self, batch_size: int) -> Text:
-        tokens = torch.zeros(batch_size, 77, self.config.text_width, device=self.device, dtype=self.dtype)
-        return Text(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=self.device))
-
     def null_condition(self, y: Text) -> Text:  # type: ignore[override]
         """Returns the empty prompt for each of y, padded to their length.
 

@@ -93,6 +93,7 @@ def config_for(
             f"no model is named {name!r}; names are [ELIT-]{{{','.join(FAMILIES)}}}-{{{','.join(SIZES)}}}/{{1,2,4,8}}, "
             "like ELIT-SiT-XL/2 (the patch size is at least 2 for DFM-SiT, and at most 4 for HDiT)"
         )
+    overrides = {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
     family, patch = FAMILIES[found["family"]], int(found["patch"])
     depth, width, num_heads = SIZES[found["size"]]
     head_depth, tail_depth = family.splits[found["size"]]

@@ -3,11 +3,11 @@
 import math
 from typing import NamedTuple
 
+from elit.analysis import count_flops
 from elit.errors import ElitError
 from elit.interface import draw_level, listed, to_level
 from elit.models import Model
 from elit.training.config import ElasticConfig
-from elit.training.speed import forward_flops
 
 
 class TrainingLevels(NamedTuple):
@@ -94,4 +94,5 @@ def _from_mask_probs(config: ElasticConfig, model: Model) -> tuple[int, ...]:
 def scaled_batch_size(model: Model, level: int, batch_size: int) -> int:
     """Returns the batch at a level whose forward has the FLOPs of ``batch_size`` samples at full budget, to a whole
     sample."""
-    return round(batch_size * forward_flops(model, model.num_latents) / forward_flops(model, level))
+    full, at_level = (count_flops(model.config, each).total for each in (model.num_latents, level))
+    return round(batch_size * full / at_level)

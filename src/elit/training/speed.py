@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from elit.analysis.formula import closed_form
+from elit.analysis import count_flops
 from elit.models import Model
 
 PEAK = {
@@ -20,11 +20,6 @@ PEAK = {
     "RTX 3090": 71e12,
 }
 """FLOP/s of dense bf16 matrix products, from the makers' data sheets. The first name found in the device's counts."""
-
-
-def forward_flops(model: Model, level: int) -> int:
-    """Counts the FLOPs of one sample's forward at a level (0: no interface)."""
-    return 2 * sum(part.macs for part in closed_form(model.config, level))
 
 
 class Speed(NamedTuple):
@@ -61,7 +56,7 @@ class Speedometer:
         """Counts images that were trained on at a level (0: no interface)."""
         self.images += images
         if self.peak is not None:
-            self.flops += 3 * forward_flops(self.model, level) * images
+            self.flops += 3 * count_flops(self.model.config, level).total * images
 
     def read(self) -> Speed:
         """Returns the speed since the last restart."""

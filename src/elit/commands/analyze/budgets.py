@@ -5,7 +5,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from elit.analysis import BudgetCost, SamplePoint, Setting, measure_costs
+from elit.analysis import BudgetCost, SamplePoint, SamplerSettings, measure_costs
 from elit.commands.analyze.output import (
     AnalysisGuidanceOptions,
     AnalysisOptions,
@@ -63,11 +63,12 @@ def analyze_budgets(options: BudgetsOptions) -> dict[str, Any]:
     inputs = load_inputs(options, options.data, options.autoencoder)
     model, budgets = inputs.model, resolve_budgets(inputs.model, options.budgets)
     guidance, draws = options.make_guidance(), choose_samples(inputs, options, options.path)
-    costs = [measure_costs(model, budgets, size, options.repeats) for size in options.batch_sizes]
+    levels = [model.level(budget) for budget in budgets]
+    costs = [measure_costs(model, levels, size, options.repeats) for size in options.batch_sizes]
     losses: list[BudgetLoss] = []
     if inputs.held_out is not None and model.stage_shapes is None:  # its loss has no one time
         losses = losses_by_budget(model, inputs.held_out, budgets, TimeDensity(), options.path)
-    points = run_sweep(inputs, [Setting(options.steps, budget, guidance) for budget in budgets], draws)
+    points = run_sweep(inputs, [SamplerSettings(options.steps, budget, guidance) for budget in budgets], draws)
 
     labels = [plots.budget_label(budget) for budget in budgets]
     print_costs(costs, labels, str(model.device))

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from elit.analysis import Draws, SamplePoint, Setting, sweep
+from elit.analysis import SamplePoint, SamplerSettings, SweepConfig, sweep
 from elit.analysis.environment import environment
 from elit.atomic import write_json
 from elit.commands.inputs import Inputs
@@ -58,11 +58,11 @@ def load_plots() -> ModuleType:
     return plots
 
 
-def run_sweep(inputs: Inputs, settings: list[Setting], draws: Draws | None) -> list[SamplePoint]:
-    """Draws the samples of every setting behind a progress bar; none without ``draws``."""
-    if draws is None:
+def run_sweep(inputs: Inputs, settings: list[SamplerSettings], config: SweepConfig | None) -> list[SamplePoint]:
+    """Draws the samples of every setting behind a progress bar; none without a configuration."""
+    if config is None:
         return []
-    points = sweep(inputs.model, settings, draws, inputs.judge, inputs.decode)
+    points = sweep(inputs.model, settings, config, inputs.judge, inputs.decode)
     return list(tqdm(points, "sampling", len(settings), unit="setting", dynamic_ncols=True))
 
 
@@ -112,7 +112,7 @@ def short(value: float) -> str:
     return f"{value:,.4g}"
 
 
-def sample_options(setting: Setting) -> str:
+def sample_options(setting: SamplerSettings) -> str:
     """Writes a setting as options of `elit sample`."""
     options = [f"--steps {setting.steps}"]
     if setting.budget is not None:

@@ -1,11 +1,12 @@
-"""What a forward costs, in closed form: every matrix product of a configuration, without building a model.
+"""The cost of a forward in closed form: every matrix product of a configuration, without building a model.
 
-In MACs (one multiply-add; 2 FLOPs) of one sample. N spatial tokens, J latents and tokens of a window, J~ of them in
-use, G windows, K = G J~ latents, D width; L tokens of any kind. ``docs/analysis.md`` has the same as formulas.
+It knows nothing of the code of the models and stands beside what the library counts as an independent reference. In
+MACs (one multiply-add; 2 FLOPs) of one sample. N spatial tokens, J latents and tokens of a window, J~ of them in use, G
+windows, K = G J~ latents, D width; L tokens of any kind. ``docs/analysis.md`` has the same as formulas.
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from elit.interface import TokenGrid, triple
 from elit.layers import TimeEmbed
@@ -15,49 +16,39 @@ from elit.models.mmdit import MMDiTConfig
 from elit.models.transformer import TransformerConfig
 from elit.models.uvit import UViTConfig
 
-TEXT_TOKENS = 77  # of the prompt that :func:`count_flops` takes
+TEXT_TOKENS = 77  # of the prompt that the library counts with
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of a forward.
+class Macs(NamedTuple):
+    """Multiply-adds of the parts of a forward, all matrix products and modulation included."""
 
-    Attributes:
-        name: that of ``embed -> head -> Read -> core -> Write -> tail -> project``; ``blocks`` of a plain transformer.
-        tokens: how many pass it.
-        macs: of all its matrix products, modulation included.
-    """
-
-    name: str
-    tokens: int
-    macs: int
+    encode: int
+    read: int
+    core: int
+    decode: int
 
 
-def closed_form(
-    config: TransformerConfig, num_latents: int | None = None, text_tokens: int = TEXT_TOKENS
-) -> list[Part]:
-    """The parts of a forward of one sample, in order.
+def closed_form(config: TransformerConfig, num_latents: int = 0, text_tokens: int = TEXT_TOKENS) -> Macs:
+    """Computes the cost of the parts of a forward of one sample.
 
     Args:
-        num_latents: J~; None is all of them. Without meaning for a plain transformer.
+        num_latents: J~. Without meaning for a plain transformer.
         text_tokens: of the prompt, for models of text.
     """
     n, depth = math.prod(config.grid_size), config.depth
-    ends = [Part("embed", n, _embed(config, n, text_tokens)), Part("project", n, _project(config, n))]
     if config.interface is None:
-        return [ends[0], Part("blocks", n, _blocks(config, 0, depth, n, text_tokens)), ends[1]]
+        return Macs(
+            _embed(config, n, text_tokens) + _blocks(config, 0, depth, n, text_tokens), 0, 0, _project(config, n)
+        )
     grid = TokenGrid(config.grid_size, triple(config.interface.group_size))
-    level = grid.window_tokens if num_latents is None else num_latents
-    k, core, tail = grid.num_windows * level, config.head_depth, depth - config.tail_depth
-    return [
-        ends[0],
-        Part("head", n, _blocks(config, 0, core, n, text_tokens)),
-        Part("Read", n, _read(config, grid, level)),
-        Part("core", k, _blocks(config, core, tail, k, text_tokens)),
-        Part("Write", n, _write(config, grid, level)),
-        Part("tail", n, _blocks(config, tail, depth, n, text_tokens)),
-        ends[1],
-    ]
+    first, end = config.head_depth, depth - config.tail_depth
+    head, tail = (_blocks(config, *ends, n, text_tokens) for ends in ((0, first), (end, depth)))
+    return Macs(
+        encode=_embed(config, n, text_tokens) + head,
+        read=_read(config, grid, num_latents),
+        core=_blocks(config, first, end, grid.num_windows * num_latents, text_tokens),
+        decode=_write(config, grid, num_latents) + tail + _project(config, n),
+    )
 
 
 def _embed(config: TransformerConfig, n: int, text_tokens: int) -> int:
@@ -83,7 +74,7 @@ def _patch_values(config: TransformerConfig) -> list[int]:
 
 def _blocks(config: TransformerConfig, first: int, end: int, tokens: int, text_tokens: int) -> int:
     """Blocks first..end - 1 on so many tokens, and what their backbone puts between them."""
-    return sum(_block(config, i, tokens, text_tokens) for i in range(first, end)) + _between(config, first, end, tokens)
+    return sum(_block(config, i, tokens, text_tokens) for i in range(first, end)) + _joins(config, first, end, tokens)
 
 
 def _block(config: TransformerConfig, i: int, tokens: int, text_tokens: int) -> int:
@@ -109,7 +100,8 @@ def _attention(queries: int, keys: int, width: int) -> int:
     return 2 * queries * keys * width
 
 
-def _between(config: TransformerConfig, first: int, end: int, tokens: int) -> int:
+def _joins(config: TransformerConfig, first: int, end: int, tokens: int) -> int:
+    """What backbones put between blocks: the joins of a U-ViT, merge and split of an HDiT."""
     d = config.width
     if isinstance(config, UViTConfig):  # a join before each of the last blocks
         return max(0, end - max(first, config.depth - config.skips)) * tokens * 2 * d * d
