@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from elit.conditions import Text
+from elit.conditions import Text, select_condition
 from elit.interface import InterfaceConfig, LatentInterface
 from elit.models import DiT, DiTConfig, MMDiT, Model
 from elit.models.base import Levels
@@ -42,6 +42,10 @@ def tiny(seed: int = 0, **changes: Any) -> DiT:
 def inputs(model: Model, batch: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     """x, t, y for a model; text is of 1 to 6 tokens, padded to 6."""
     draws = torch.Generator().manual_seed(seed)
+    if model.stage_shapes is not None:
+        x: Any = [torch.randn(batch, *shape, generator=draws).to(dtype) for shape in model.stage_shapes]
+        t = torch.rand(batch, len(x), generator=draws)
+        return x, t, torch.randint(model.config.num_classes + 1, (batch,), generator=draws)
     x = torch.randn(batch, *model.input_shape(), generator=draws, dtype=torch.float64).to(dtype)
     t = torch.rand(batch, generator=draws)
     if isinstance(model, MMDiT):
@@ -50,6 +54,13 @@ def inputs(model: Model, batch: int, seed: int = 0, dtype: torch.dtype = torch.f
         known = torch.randint(1, length + 1, (batch, 1), generator=draws)
         return x, t, Text(tokens, torch.arange(length) < known)
     return x, t, torch.randint(model.config.num_classes + 1, (batch,), generator=draws)
+
+
+def of(given: Any, samples: Sequence[int]) -> Any:
+    """Some samples of an input or a condition: of a tensor, a text or a list of stages."""
+    if isinstance(given, list):
+        return [stage[list(samples)] for stage in given]
+    return select_condition(given, torch.tensor(list(samples)))
 
 
 class Call(NamedTuple):

@@ -1,16 +1,18 @@
 """The backbones in miniature, and their stack once more as plain float64 loops."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from elit.interface import InterfaceConfig
-from elit.models import DiT, DiTConfig, HDiT, HDiTConfig, MMDiT, MMDiTConfig, Model, UViT, UViTConfig
+from elit.models import DFM, DFMConfig, DiT, DiTConfig, HDiT, HDiTConfig, MMDiT, MMDiTConfig, Model, UViT, UViTConfig
 from elit.models.transformer import Transformer
 from tests.helpers import reference
-from tests.helpers.models import TINY, inputs, randomize
+from tests.helpers.models import PUBLISHED, TINY, inputs, randomize
 
 ELASTIC: dict[str, tuple[type[Model], type, dict[str, Any]]] = {
     "ELIT-DiT": (DiT, DiTConfig, {}),
@@ -23,6 +25,9 @@ ELASTIC: dict[str, tuple[type[Model], type, dict[str, Any]]] = {
 """Model, configuration and its fields beside those of TINY."""
 
 Vectors = list[np.ndarray]
+
+SIXTEEN: dict[str, Any] = {"input_size": 16, "interface": InterfaceConfig(4)}
+"""Four windows of J = 16: levels enough also for the backbone whose levels are multiples of 4."""
 Positions = list[Any]
 
 
@@ -35,6 +40,31 @@ def tiny(name: str, **changes: Any) -> Any:
 def video(name: str) -> Any:
     """Clips of 4 x 8 x 8, in 4 windows of 2 x 2 x 4 tokens."""
     return tiny(name, input_size=(4, 8, 8), patch_size=(1, 2, 2), interface=InterfaceConfig((2, 4, 2)))
+
+
+def multi_scale(**changes: Any) -> DFM:
+    """A pyramid of two stages, 16 and 32 pixels a side, in four windows of J = 16."""
+    fields = TINY.__dict__ | {"input_size": 32, "patch_size": 4, "interface": InterfaceConfig(4), "stages": 2} | changes
+    return randomize(DFM(DFMConfig(**fields))).eval()
+
+
+def text_model(**changes: Any) -> Any:
+    """An MM-DiT whose empty prompt is one, of two tokens."""
+    model = tiny("ELIT-MMDiT", **changes)
+    model.empty_prompt.copy_(torch.randn(model.empty_prompt.shape, generator=torch.Generator().manual_seed(3)))
+    return model
+
+
+KINDS: dict[str, Callable[[], Any]] = {
+    **{name: partial(tiny, name, **SIXTEEN) for name in ELASTIC},
+    "ELIT-MMDiT": lambda: text_model(**SIXTEEN),
+    "ELIT-DiT, unconditional": lambda: tiny("ELIT-DiT", num_classes=0, **SIXTEEN),
+    "ELIT-DiT, video": lambda: video("ELIT-DiT"),
+    "ELIT-SiT, published": lambda: tiny("ELIT-DiT", input_size=16, positions="sincos", qk_norm=False,
+                                        interface=replace(PUBLISHED, group_size=4)),
+    "ELIT-DFM": multi_scale,
+}  # fmt: skip
+"""Every kind of elastic model, each with J = 16; of the published one Write sees the tail."""
 
 
 def check_stack(model: Any, plain_blocks: Callable[..., Any], level: int) -> None:
