@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -154,3 +155,32 @@ def test_a_checkpoint_continues_in_shards_and_out_of_them(tmp_path: Path) -> Non
 
 def halfway(run: TrainConfig) -> str:
     return f"{run.out}/checkpoints/step-00000005"
+
+
+def test_shards_continue_in_another_split_of_the_batch_across_an_epoch(tmp_path: Path) -> None:
+    """The data are 1437 samples, and the run is cut before the step that begins to see them again."""
+    settings: dict[str, Any] = {"batch_size": 500, "checkpoint_every": 2, "elit": ALL_BUDGETS}
+    alone = adamw(tmp_path / "alone", 4, **settings)
+    trainer = Trainer(alone)
+    trainer.run_to_end()
+    assert 2 * 500 < len(trainer.data) < 3 * 500
+    sharded = replace(alone, out=str(tmp_path / "sharded"), steps=2, parallel="fsdp")
+    cut = replace(alone, out=str(tmp_path / "sharded"), parallel="fsdp", micro_batch_size=170)
+    train_together(tmp_path, sharded, cut)
+    for file in ("model.safetensors", "training.safetensors"):
+        last = "checkpoints/step-00000004"
+        same_tensors(tmp_path / "sharded" / last / file, tmp_path / "alone" / last / file)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_by_all(tmp_path: Path, parallel: Parallel) -> None:
+    script = ("-m", "tests.helpers.one_bad_gradient", str(tmp_path / "run"), parallel)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run([*torchrun, *script], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    lines = log(tmp_path / "run")
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1]
+    assert [line["grad_norm"] is None for line in lines] == [False, False, True, False, False]
+    assert None not in [line["loss"] for line in lines]
+    weights = load_file(tmp_path / "run/checkpoints/step-00000005/training.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
