@@ -1,4 +1,4 @@
-"""What a model is conditioned by: labels, or text. Everything between a user and a model passes it on unseen."""
+"""Conditions of a model: labels or text. Everything between a user and a model passes them on without a look."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class Text(NamedTuple):
-    """Embedded prompts.
+    """Holds embedded prompts.
 
     Attributes:
-        tokens: (B, L, D_text), what a text encoder gives.
+        tokens: (B, L, D_text), the output of a text encoder.
         mask: (B, L), True where there is a token and False where there is padding.
     """
 
@@ -25,7 +25,7 @@ Condition: TypeAlias = Tensor | Text
 
 
 def map_condition(change: Callable[..., Tensor], *conditions: Any) -> Any:
-    """Applies ``change`` to the tensors of a condition, or to those of the same place of several conditions."""
+    """Applies a function to each tensor of a condition, or of several conditions to the tensors that correspond."""
     if isinstance(conditions[0], Text):
         return Text(*(change(*tensors) for tensors in zip(*conditions, strict=True)))
     return change(*conditions)
@@ -37,7 +37,7 @@ def select_condition(condition: Any, rows: slice | Tensor) -> Any:
 
 
 def cat_conditions(*conditions: Any) -> Any:
-    """Puts conditions into one batch. Texts of different lengths are padded to the longest."""
+    """Concatenates conditions to one batch. Texts of different lengths are padded to the longest."""
     if isinstance(conditions[0], Text):
         longest = max(text.mask.shape[1] for text in conditions)
         conditions = tuple(_padded(text, longest) for text in conditions)

@@ -31,12 +31,12 @@ def residual(x: Tensor) -> Tensor:
 
 
 def layer_norm(width: int) -> nn.LayerNorm:
-    """LayerNorm without affine parameters: the modulation, where there is one, takes their place."""
+    """Makes a LayerNorm without affine parameters: the modulation, where there is one, takes their place."""
     return nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``x * (1 + scale) + shift``, with one (broadcast) shift and scale per sample."""
+    """Returns ``x * (1 + scale) + shift``, with one (broadcast) shift and scale per sample."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
@@ -64,7 +64,7 @@ class Modulation(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, GELU (tanh approximation), linear."""
+    """Applies two linear layers with a GELU (tanh approximation) between them."""
 
     def __init__(self, width: int, hidden: int, bias: bool = True) -> None:
         super().__init__()
@@ -79,14 +79,14 @@ class Mlp(nn.Module):
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the rotation of each channel pair, both (L, d / 2)."""
+    """Holds the cosines and sines of the rotation of each channel pair, both (L, d / 2)."""
 
     cos: Tensor
     sin: Tensor
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float) -> Rotary:
-    """Axial rotary embedding (Su et al. 2021) of integer or real positions (L, A).
+    """Computes the axial rotary embedding (Su et al. 2021) of integer or real positions (L, A).
 
     The d / 2 channel pairs are shared out over the axes as evenly as possible, the first axes taking the rest;
     an axis with n pairs turns pair k by ``position * theta ** (-k / n)``.
@@ -135,7 +135,7 @@ class RotaryTable(nn.Module):
 
 
 def sincos_table(positions: Tensor, width: int) -> Tensor:
-    """The fixed sine-cosine table of DiT for positions (L, 2) given as (row, column): (L, D).
+    """Computes the fixed sine-cosine table of DiT, (L, D), for positions (L, 2) given as (row, column).
 
     The first half of the channels encodes the column, the second half the row; in each, sines then cosines.
     """
@@ -152,7 +152,7 @@ def sincos_table(positions: Tensor, width: int) -> Tensor:
 
 
 class FullWidthRMSNorm(nn.Module):
-    """RMS norm over the whole width, before the split into heads: ``weight * x / (rms(x) + 1e-5)``.
+    """Normalizes by the RMS over the whole width, before the split into heads: ``weight * x / (rms(x) + 1e-5)``.
 
     The published checkpoints need this epsilon outside the root (their Read and Write).
     """
@@ -171,7 +171,7 @@ QKNorm = Literal["none", "head", "width"]
 
 
 def qk_norm_pair(kind: QKNorm, width: int, num_heads: int) -> tuple[nn.Module, nn.Module]:
-    """Norms of queries and keys: none, RMS per head, or RMS over the full width (published Read and Write)."""
+    """Makes the norms of queries and keys: none, RMS per head, or RMS over the full width (published interface)."""
     if kind == "head":
         return nn.RMSNorm(width // num_heads, eps=NORM_EPS), nn.RMSNorm(width // num_heads, eps=NORM_EPS)
     if kind == "width":
@@ -180,7 +180,7 @@ def qk_norm_pair(kind: QKNorm, width: int, num_heads: int) -> tuple[nn.Module, n
 
 
 class Attention(nn.Module):
-    """What self- and cross-attention share: heads, norms of queries and keys, rotary positions, output projection."""
+    """Has what self- and cross-attention share: heads, query and key norms, rotary positions, output projection."""
 
     def __init__(self, width: int, num_heads: int, qk_norm: QKNorm) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class Attention(nn.Module):
         self.proj = Linear(width, width)
 
     def heads(self, x: Tensor, norm: nn.Module | None = None, rope: Rotary | None = None) -> Tensor:
-        """(B, L, D) -> (B, H, L, d), normalized and rotated where asked."""
+        """Splits (B, L, D) into heads (B, H, L, d), and normalizes and rotates them where asked."""
         if norm is not None and not self.norm_in_heads:
             x = norm(x)
         x = x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -199,19 +199,19 @@ class Attention(nn.Module):
         return x if rope is None else rotate(x, rope)
 
     def merge(self, out: Tensor) -> Tensor:
-        """(B, H, L, d) -> (B, L, D), projected."""
+        """Joins heads (B, H, L, d) into (B, L, D) and projects them."""
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class SelfAttention(Attention):
-    """Every token attends to every token."""
+    """Lets every token attend to every token."""
 
     def __init__(self, width: int, num_heads: int, qk_norm: QKNorm = "none") -> None:
         super().__init__(width, num_heads, qk_norm)
         self.qkv = Linear(width, 3 * width)
 
     def project(self, x: Tensor, rope: Rotary | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values per head, each (B, H, L, d)."""
+        """Computes queries, keys and values per head, each (B, H, L, d)."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return self.heads(q, self.q_norm, rope), self.heads(k, self.k_norm, rope), self.heads(v)
 
@@ -220,7 +220,7 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """Queries (B, L, D) attend to a context (B, M, D)."""
+    """Lets queries (B, L, D) attend to a context (B, M, D)."""
 
     def __init__(self, width: int, num_heads: int, qk_norm: QKNorm) -> None:
         super().__init__(width, num_heads, qk_norm)
@@ -230,7 +230,7 @@ class CrossAttention(Attention):
     def project(
         self, x: Tensor, context: Tensor, q_rope: Rotary | None, k_rope: Rotary | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values per head: (B, H, L, d), (B, H, M, d), (B, H, M, d)."""
+        """Computes queries, keys and values per head: (B, H, L, d), (B, H, M, d), (B, H, M, d)."""
         k, v = self.kv(context).chunk(2, dim=-1)
         return self.heads(self.q(x), self.q_norm, q_rope), self.heads(k, self.k_norm, k_rope), self.heads(v)
 
@@ -238,7 +238,7 @@ class CrossAttention(Attention):
         return self.merge(F.scaled_dot_product_attention(*self.project(x, context, q_rope, k_rope)))
 
     def weights(self, x: Tensor, context: Tensor, q_rope: Rotary | None = None, k_rope: Rotary | None = None) -> Tensor:
-        """The attention weights (B, H, L, M) behind ``forward``: the same attention over an identity as values."""
+        """Returns the attention weights (B, H, L, M) of a forward: the same attention over an identity as values."""
         q, k, _ = self.project(x, context, q_rope, k_rope)
         identity = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand(*k.shape[:-1], -1)
         return F.scaled_dot_product_attention(q, k, identity)
@@ -248,7 +248,7 @@ class CrossAttention(Attention):
 
 
 class Block(nn.Module):
-    """The DiT block: self-attention and MLP, both under adaLN-Zero.
+    """Applies self-attention and an MLP to tokens, both under adaLN-Zero: the block of DiT.
 
     Args:
         condition_width: of the condition, where it is not that of the tokens.
@@ -269,19 +269,19 @@ class Block(nn.Module):
         return self.after(x, self.attention(self.before(x, parts), rope), parts)
 
     def before(self, x: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
-        """What attention is given of x, under the parts of the modulation."""
+        """Returns the input of the attention: x, normalized and modulated."""
         shift, scale, *_ = parts
         return modulate(self.attention_norm(x), shift, scale)
 
     def after(self, x: Tensor, attended: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
-        """x with what attention gave, and then the MLP, added."""
+        """Adds the output of the attention to x, and then that of the MLP."""
         _, _, gate_a, shift, scale, gate_m = parts
         x = torch.addcmul(x, gate_a, attended)
         return torch.addcmul(x, gate_m, self.mlp(modulate(self.mlp_norm(x), shift, scale)))
 
 
 class TimeEmbed(nn.Module):
-    """Time in [0, 1], (B,) -> (B, D): 128 cosines and sines, then an MLP."""
+    """Embeds times (B,) in [0, 1] as (B, D): 128 cosines and sines, then an MLP."""
 
     FREQUENCIES = 128
 
@@ -303,7 +303,7 @@ class TimeEmbed(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, N, D) -> patches (B, N, values); zero-initialized, so that a new model answers zero."""
+    """Projects tokens (B, N, D) to patches (B, N, values). It starts at zero, so that a new model answers zero."""
 
     def __init__(self, width: int, values: int) -> None:
         super().__init__()

@@ -13,19 +13,20 @@ from elit.models.base import Model
 
 @dataclass(frozen=True)
 class Guidance:
-    """How a sampler guides.
+    """Says how sampling is guided: ``v_weak + scale * (v_cond - v_weak)``.
 
     Attributes:
-        kind: what the weak term is. ``cfg``: no class, same budget (Ho & Salimans 2022). ``ag``: same class, lower
-            budget (autoguidance, Karras et al. 2024). ``ccfg``: no class and lower budget (cheap CFG, section 3.4 of
-            the paper).
-        scale: w; 1 is no guidance, and between 0 and 1 the velocity lies between the weak and the strong one.
-        budget: of the weak term, for ``ag`` and ``ccfg``; None is the lowest that the model was trained for.
-        interval: times (low, high) between which guidance is on, ends included (Kynkaanniemi et al. 2024).
+        kind: what the weak term is. ``cfg`` drops the class and keeps the budget (Ho & Salimans 2022). ``ag`` keeps the
+            class and lowers the budget (autoguidance, Karras et al. 2024). ``ccfg`` drops the class and lowers the
+            budget (cheap CFG, section 3.4 of the paper).
+        scale: w; 1 is no guidance, and with a scale between 0 and 1 the velocity lies between the weak and the strong
+            one.
+        budget: the budget of the weak term of ``ag`` and ``ccfg``; None is the lowest that the model was trained for.
+        interval: the times (low, high) between which guidance is on, ends included (Kynkaanniemi et al. 2024).
 
     Raises:
-        ElitError: an unknown kind, a scale that is no number, a budget outside (0, 1] or one for ``cfg``, or an
-            interval that is none.
+        ElitError: an unknown kind, a scale that is not a finite number, a budget outside (0, 1] or any budget with
+            ``cfg``, or an interval that is not (low, high) in [0, 1].
     """
 
     kind: Literal["cfg", "ccfg", "ag"] = "cfg"

@@ -21,7 +21,10 @@ Velocity = Callable[[Any, Tensor], Any]
 
 
 class Flow(Protocol):
-    """What training and sampling ask of a flow. A *state* is a sample on its way, (B, *state_shape)."""
+    """Says what a sample is on its way between noise and data, for training and sampling alike.
+
+    A *state* is a batch of samples on their way, (B, *state_shape).
+    """
 
     path: Path
     state_shape: tuple[int, ...]
@@ -29,7 +32,10 @@ class Flow(Protocol):
     """The shapes of the noise that training draws for one sample: one, or one per stage."""
 
     def draw_times(self, count: int, rng: np.random.Generator) -> tuple[Tensor, int]:
-        """Draws times of a batch, (count,) or (count, S), and how many stages take part, the coarsest first."""
+        """Draws training times of a batch, (count,) or (count, S), and the number of stages that take part.
+
+        The coarsest stages take part first. For plain models the number is 1.
+        """
         ...
 
     def loss(self, velocity: Velocity, x: Tensor, t: Tensor, noise: Sequence[Tensor], active: int = 1) -> Tensor:
@@ -46,23 +52,24 @@ class Flow(Protocol):
         ...
 
     def spread(self, t: Tensor) -> Tensor:
-        """Brings times (B,) or (B, S), or a mask like them, to a shape that broadcasts against a state."""
+        """Reshapes times (B,) or (B, S), or a mask like them, so that they broadcast against a state."""
         ...
 
     def noise_level(self, t: Tensor) -> Tensor:
-        """Reduces times (..., ) or (..., S) to one noise level each: what a budget by noise looks at."""
+        """Returns one noise level for times (...,) or (..., S), by which a budget may be chosen: (...,)."""
         ...
 
     def to_model(self, x: Tensor, moves: Tensor) -> Any:
         """Turns a state into the input of a model.
 
         Args:
-            moves: like the times of the model, whether a sample or stage has begun to move.
+            moves: shaped like the times of the model; whether a sample or stage has begun to move. A stage that has
+                not is masked.
         """
         ...
 
     def from_model(self, v: Any) -> Tensor:
-        """Turns a velocity of a model into one of the state."""
+        """Turns the velocity that a model returns into the velocity of a state, (B, *state_shape)."""
         ...
 
     def to_samples(self, x: Tensor) -> Tensor:
@@ -71,12 +78,12 @@ class Flow(Protocol):
 
 
 class FlowMatching:
-    """The plain flow: a state is the sample itself, at one time.
+    """Defines the flow of plain models, where a state is the sample itself, at one time.
 
     Args:
-        shape: of a sample, (C, H, W) or (C, T, H, W).
-        path: between data and noise.
-        times: how training draws times.
+        shape: the shape of a sample, (C, H, W) or (C, T, H, W).
+        path: the path between data and noise.
+        times: the density from which training draws times.
     """
 
     def __init__(self, shape: Sequence[int], path: Path, times: TimeDensity | None = None) -> None:

@@ -11,13 +11,13 @@ from elit.flow.paths import Path, interpolate, velocity
 def flow_matching_error(
     model: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, noise: Tensor, path: Path
 ) -> Tensor:
-    """Squared error of the velocity at ``x_t``, element by element, in float32: the shape of x.
+    """Computes the squared error of the velocity at ``x_t``, element by element: float32, in the shape of x.
 
     Args:
-        model: (x_t, t) -> velocity; labels and budget are bound by the caller.
+        model: a function (x_t, t) -> velocity, into which the caller has put labels and budget.
         x: data (B, ...).
-        t: (B,) times.
-        noise: like x.
+        t: times (B,).
+        noise: standard normal noise like x.
     """
     at = t.view(-1, *(1,) * (x.dim() - 1))
     x_t, target = interpolate(path, x, noise, at), velocity(path, x, noise, at)
@@ -27,10 +27,10 @@ def flow_matching_error(
 def flow_matching_loss(
     model: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, noise: Tensor, path: Path
 ) -> Tensor:
-    """One loss per sample, (B,): the mean of :func:`flow_matching_error` over all but the batch."""
+    """Computes one loss per sample, (B,): the mean of :func:`flow_matching_error`, whose arguments it takes."""
     return flow_matching_error(model, x, t, noise, path).flatten(1).mean(1)
 
 
 def per_token(error: Tensor, patch_size: int) -> Tensor:
-    """Mean error of every token of an image: (B, C, H, W) -> (B, H / p, W / p)."""
+    """Averages an error (B, C, H, W) over the values of each token: (B, H / p, W / p)."""
     return F.avg_pool2d(error.mean(1, keepdim=True), patch_size).squeeze(1)

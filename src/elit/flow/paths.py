@@ -13,19 +13,19 @@ from elit.errors import ElitError
 
 
 class Path(Protocol):
-    """A path; ``d_`` marks the derivative in t."""
+    """Connects data and noise by alpha(t) and sigma(t); ``d_`` marks their derivatives in t."""
 
     def alpha(self, t: Tensor) -> Tensor: ...
     def sigma(self, t: Tensor) -> Tensor: ...
     def d_alpha(self, t: Tensor) -> Tensor: ...
     def d_sigma(self, t: Tensor) -> Tensor: ...
     def time(self, log_ratio: Tensor) -> Tensor:
-        """The t at which log(sigma / alpha) has a value."""
+        """Returns the t at which log(sigma / alpha) is ``log_ratio``."""
         ...
 
 
 class Linear:
-    """alpha = 1 - t, sigma = t: rectified flow."""
+    """Connects data and noise by a straight line, as rectified flow does: alpha = 1 - t, sigma = t."""
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t
@@ -44,7 +44,7 @@ class Linear:
 
 
 class Cosine:
-    """alpha = cos(pi t / 2), sigma = sin(pi t / 2): variance-preserving."""
+    """Connects data and noise so that the variance stays: alpha = cos(pi t / 2), sigma = sin(pi t / 2)."""
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.cos(math.pi / 2 * t)
@@ -66,8 +66,10 @@ PATHS: dict[str, Path] = {"linear": Linear(), "cosine": Cosine()}
 
 
 def path_named(name: str) -> Path:
-    """Raises:
-    ElitError: no path has this name.
+    """Finds a path by its name, ``linear`` or ``cosine``.
+
+    Raises:
+        ElitError: no path has this name.
     """
     if name not in PATHS:
         raise ElitError(f"no path is named {name!r}; there are {', '.join(PATHS)}")
@@ -75,16 +77,19 @@ def path_named(name: str) -> Path:
 
 
 def interpolate(path: Path, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t."""
+    """Returns x_t, the noisy sample at time t: ``alpha(t) x + sigma(t) noise``."""
     return path.alpha(t) * x + path.sigma(t) * noise
 
 
 def velocity(path: Path, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """d x_t / d t, what a model learns."""
+    """Returns d x_t / d t, the velocity that a model learns to predict."""
     return path.d_alpha(t) * x + path.d_sigma(t) * noise
 
 
 def score(path: Path, x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """Gradient of log p_t at x_t, from the velocity (SiT, Eq. 9). Linear: ``-(x + (1 - t) v) / t``."""
+    """Computes the score, the gradient of log p_t at x_t, from the velocity v there (SiT, Eq. 9).
+
+    On the linear path it is ``-(x + (1 - t) v) / t``.
+    """
     alpha, sigma, d_alpha, d_sigma = path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t)
     return (alpha * v - d_alpha * x_t) / (sigma * (d_alpha * sigma - alpha * d_sigma))

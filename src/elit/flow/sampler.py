@@ -21,12 +21,14 @@ Steps = int | StageSchedule
 
 
 class StepInfo(NamedTuple):
-    """What a callback is told after each step of some samples.
+    """Tells a callback about the step that some samples have just done.
 
     Attributes:
-        step: index of the step, and ``steps`` how many there are.
-        t: times that it ended at, (B,); of a multi-scale model (B, S).
-        x: states that it ended at, (B, C, H, W) in float64; of a multi-scale model (B, M), its stages side by side.
+        step: index of the step, from 0.
+        steps: number of steps.
+        t: times at the end of the step, (B,); for a multi-scale model (B, S).
+        x: states at the end of the step, (B, C, H, W) in float64; for a multi-scale model (B, M), its stages flattened
+            side by side.
         samples: which samples these are, as indices into what :func:`sample` returns.
     """
 
@@ -56,33 +58,37 @@ def sample(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Draws samples from a model.
+    """Draws samples from a model, from noise to data.
 
-    Each is a function of its seed, label and settings: not of the batch size, the order or the other samples.
+    Each sample is a function of its own seed, label and settings. It does not depend on the batch size, the order or
+    the other samples (up to the rounding of the matrix kernels).
 
     Args:
         model: any model of this library.
-        labels: one class per sample, (B,), or for a model of text its prompts; None for an unconditional model.
-        seeds: one per sample, (B,); default 0, 1, 2, ...
-        noise: starting noise (B, C, H, W) in place of that of the seeds (which then serve the draws of ``sde``); of a
-            multi-scale model (B, M), its stages flattened side by side.
-        steps: number of steps, or a list with one per sample; of a multi-scale model also a
-            :class:`~elit.flow.pyramid.StageSchedule`, which a number means evenly, with thresholds of 0.1.
+        labels: one class per sample, (B,); for a model of text an :class:`~elit.conditions.Text`; None for an
+            unconditional model.
+        seeds: one whole number per sample, (B,); default 0, 1, 2, ...
+        noise: starting noise (B, C, H, W) in place of that of the seeds, which then only serve the draws of ``sde``;
+            for a multi-scale model (B, M), its stages flattened side by side.
+        steps: number of steps, or a list with one per sample. A multi-scale model also takes a
+            :class:`~elit.flow.pyramid.StageSchedule`; a number is divided evenly among its stages, with thresholds of
+            0.1.
         solver: ``euler``, ``heun`` (two evaluations per step) or ``sde`` (Euler-Maruyama).
-        budget: fraction of latents in (0, 1]; a list with one per step; a function of the noise level (of a multi-scale
-            model the mean over its elements); a tensor with one per sample, (B,), or one per sample and step, (B,
-            steps); None is all.
-        guidance: see :class:`Guidance`, or a list with one (or None) per sample; None is none.
-        path: ``linear`` or ``cosine``, the one of training.
-        batch_size: samples per forward.
+        budget: fraction of the latents to use, in (0, 1]; a list with one per step; a function of the noise level (for
+            a multi-scale model the mean over its elements); a tensor with one per sample, (B,), or one per sample and
+            step, (B, steps). None is the most that was trained.
+        guidance: a :class:`Guidance` for all samples, or a list with one (or None) per sample; None is no guidance.
+        path: ``linear`` or ``cosine``, as in training.
+        batch_size: number of samples in one forward.
         callback: called after each step with a :class:`StepInfo`.
         progress: show a bar of steps.
 
     Returns:
-        Samples (B, C, H, W), float32, on the model's device; of a multi-scale model recomposed from its stages.
+        Samples (B, C, H, W) in the model's space, pixels in [-1, 1] or latents: float32, on the model's device.
+        :func:`elit.to_pil` turns them into pictures.
 
     Raises:
-        ElitError: an input that is not as said above, or a budget that the model was not trained for.
+        ElitError: an argument is not as described above, or the model was not trained for a budget.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ElitError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
@@ -122,18 +128,20 @@ def trajectories(
 ) -> list[Trajectory]:
     """Starts one trajectory per sample, for callers that advance them on their own (:func:`~elit.flow.advance`).
 
+    It computes nothing yet. Trajectories may be advanced together with others, which may have begun earlier.
+
     Args:
         model, labels, seeds, noise, steps, solver, budget, guidance, path: as for :func:`sample`.
 
     Raises:
-        ElitError: as :func:`sample`.
+        ElitError: as for :func:`sample`.
     """
     wanted = _Wanted(model, labels, seeds, noise, steps, solver, budget, guidance, path)
     return [wanted.trajectory([index]) for index in range(wanted.count)]
 
 
 class _Wanted:
-    """What a user wants sampled, checked and spelled out for each sample."""
+    """Checks the arguments of :func:`sample` and holds them sample by sample."""
 
     def __init__(
         self,
@@ -199,7 +207,7 @@ class _Wanted:
 
 
 def _one_each(name: str, given: Any, count: int) -> list[Any]:
-    """Spells out a setting that is one for all samples, or a list with one for each."""
+    """Returns a setting once per sample, where it is one for all samples or a list with one for each."""
     if not isinstance(given, Sequence) or isinstance(given, str):
         return [given] * count
     if len(given) != count:

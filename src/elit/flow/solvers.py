@@ -17,7 +17,7 @@ from elit.flow.paths import Path, score
 
 
 class Moment(NamedTuple):
-    """The times of some samples at one point of their way, in the forms in which they are needed.
+    """Holds the times of some samples at one point of their way, in the three forms in which they are needed.
 
     Attributes:
         host: (B,) float64 on the CPU, for guidance intervals; of a multi-scale model (B, S).
@@ -31,7 +31,7 @@ class Moment(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a solver is told of a step.
+    """Describes the step that a solver is to take.
 
     Attributes:
         start, end: its moments.
@@ -62,8 +62,10 @@ def euler(x: Tensor, step: Step) -> StepGenerator:
 
 
 def heun(x: Tensor, step: Step) -> StepGenerator:
-    """Takes one step of second order: an Euler step, corrected (but for the last) by the velocity at its end (EDM, Alg.
-    1)."""
+    """Takes one step of second order: an Euler step that the velocity at its end corrects (EDM, Alg. 1).
+
+    The last step is an Euler step, without correction.
+    """
     v = yield x, step.start
     end = x + step.dt * v
     if step.is_last:
@@ -73,11 +75,11 @@ def heun(x: Tensor, step: Step) -> StepGenerator:
 
 
 def euler_maruyama(x: Tensor, step: Step) -> StepGenerator:
-    """Takes one step of the reverse SDE with diffusion 2 sigma(t) (SiT, Eq. 5): drift ``v - sigma * score``, noise
-    ``sqrt(2 sigma |dt|)``.
+    """Takes one step of the reverse SDE with diffusion 2 sigma(t) (SiT, Eq. 5).
 
-    The last step keeps the drift and adds no noise. What does not move in a step (a stage of a pyramid that is done)
-    stays as it is: at t = 0 there is no score.
+    The drift is ``v - sigma * score``, and the noise has the standard deviation ``sqrt(2 sigma |dt|)``. The last step
+    adds no noise. What does not move in a step (a stage of a pyramid that is done) stays as it is: at t = 0 there is no
+    score.
     """
     v = yield x, step.start
     t, dt, path = step.start.state, step.dt, step.path
@@ -102,12 +104,12 @@ def sde_times(steps: int) -> Tensor:
 
 
 class Solver(NamedTuple):
-    """A solver by name.
+    """Puts together what a solver is: a step, the times of the steps, and what a step costs.
 
     Attributes:
-        step: takes one step.
-        times: gives the times of a number of steps, from 1 to 0 in float64.
-        evaluations: of a step; the last one takes a single one.
+        step: the generator function that takes one step.
+        times: returns the times of a number of steps, from 1 to 0 in float64: (steps + 1,).
+        evaluations: the number of evaluations of every step but the last, which has one.
     """
 
     step: Callable[[Tensor, Step], StepGenerator]
@@ -134,7 +136,7 @@ def solver_named(name: str) -> Solver:
 
 
 def check_steps(steps: int) -> int:
-    """Returns a number of steps as it is.
+    """Checks a number of steps and returns it.
 
     Raises:
         ElitError: it is not a whole number, at least 1.
@@ -148,6 +150,6 @@ def time_grid(solver: str, steps: int) -> Tensor:
     """Returns the times of ``steps`` steps of a solver, from 1 to 0 in float64: (steps + 1,).
 
     Raises:
-        ElitError: no such solver, or too few steps.
+        ElitError: there is no such solver, or the number of steps is not a whole number, at least 1.
     """
     return solver_named(solver).times(check_steps(steps))

@@ -14,14 +14,17 @@ from elit.seeding import normal, uniform
 
 @dataclass(frozen=True)
 class TimeDensity:
-    """How training draws t in [0, 1].
+    """Draws training times t in [0, 1].
 
     Attributes:
-        kind: ``uniform`` in t, or ``logit-normal``: log(sigma / alpha) is normal (linear path: t = sigmoid(n), Esser
-            et al. 2024; any path sees the same noise levels).
-        mean: mean of the normal behind the logit-normal.
+        kind: ``uniform`` draws t uniformly. ``logit-normal`` draws log(sigma / alpha) from a normal distribution, so
+            that every path sees the same noise levels; on the linear path t = sigmoid(n) (Esser et al. 2024).
+        mean: mean of that normal distribution.
         std: its standard deviation.
-        shift: multiplies sigma / alpha; above 1 it moves times towards noise, as large images want.
+        shift: multiplies sigma / alpha; above 1 it moves times towards noise, which suits large images.
+
+    Raises:
+        ElitError: an unknown kind, a shift that is not positive, or a negative standard deviation.
     """
 
     kind: Literal["uniform", "logit-normal"] = "logit-normal"
@@ -36,7 +39,7 @@ class TimeDensity:
             raise ElitError(f"a time density needs shift > 0 and std >= 0, not {self.shift} and {self.std}")
 
     def draw(self, count: int, path: Path, rng: np.random.Generator) -> Tensor:
-        """Draws times (count,), float32, on the processor."""
+        """Draws times (count,), float32, on the CPU."""
         if self.kind == "logit-normal":
             return path.time(normal(rng, count) * self.std + self.mean + math.log(self.shift))
         t = uniform(rng, count)

@@ -18,7 +18,7 @@ from elit.seeding import derive_seed
 
 
 def check_budget(budget: float, name: str = "budget") -> float:
-    """Returns the budget as a float.
+    """Checks a budget and returns it as a float.
 
     Raises:
         ElitError: it is not a number in (0, 1].
@@ -29,9 +29,10 @@ def check_budget(budget: float, name: str = "budget") -> float:
 
 
 def to_level(budget: float, levels: Sequence[int], num_latents: int, round_down: bool = False) -> int:
-    """Turns a budget into the nearest of a model's levels; of two that are equally near, the larger.
+    """Turns a budget into the nearest of a model's levels: into the larger of two that are equally near.
 
-    Less than one latent means one. ``to_level(k / J, ...)`` is k for every level k.
+    With J = 16 and the levels 1, ..., 16, a budget of 0.3 means 4.8 latents and becomes the level 5. A budget of less
+    than one latent means one latent. ``to_level(k / J, ...)`` is k for every level k.
 
     Args:
         levels: the trained numbers of latents, ascending.
@@ -60,9 +61,10 @@ def listed(levels: Sequence[int]) -> str:
 
 
 def draw_level(levels: Sequence[int], seed: int, step: int, weights: Sequence[float] | None = None) -> int:
-    """Draws the level of one training step: uniformly, or by weights.
+    """Draws the level of one training step, uniformly or by weights.
 
-    It is a function of (seed, step) alone: all processes agree without talking, and a resumed run draws the same.
+    The level is a function of the seed and the step alone. So all processes draw the same one without communication,
+    and a resumed run draws what it would have drawn.
 
     Raises:
         ElitError: another number of weights than of levels.
@@ -74,12 +76,17 @@ def draw_level(levels: Sequence[int], seed: int, step: int, weights: Sequence[fl
 
 @dataclass(frozen=True)
 class BudgetByNoise:
-    """A schedule by noise level: ``budgets[i]`` while t is above ``thresholds[i]``, the last one below all of them.
+    """Chooses the budget by the noise level: ``budgets[i]`` while t is above ``thresholds[i]``, and the last budget
+    below all thresholds.
 
-    ``BudgetByNoise([0.5], [0.25, 1.0])`` spends a quarter of the latents while t > 0.5 and all of them afterwards.
+    ``BudgetByNoise([0.5], [0.25, 1.0])`` uses a quarter of the latents while t > 0.5, and all of them afterwards.
+
+    Attributes:
+        thresholds: noise levels t, falling from noise (t = 1) to data (t = 0).
+        budgets: fractions of the latents in (0, 1], one more than thresholds.
 
     Raises:
-        ElitError: a budget outside (0, 1], thresholds that do not fall, or counts that do not fit.
+        ElitError: a budget outside (0, 1], thresholds that do not fall, or a number of budgets that does not fit.
     """
 
     thresholds: Sequence[float]
@@ -101,16 +108,18 @@ class BudgetByNoise:
 
 
 Budget: TypeAlias = float | Sequence[float] | Callable[[float], float] | Tensor
-"""One budget for all; a list with one per step; a function of the noise level t (:class:`BudgetByNoise` or any other);
-or a tensor with one per sample, (B,), or one per sample and step, (B, steps)."""
+"""What :func:`elit.sample` takes as a budget: one number for everything; a list with one per step; a function of the
+noise level t (:class:`BudgetByNoise` or any other); or a tensor with one per sample, (B,), or one per sample and step,
+(B, steps)."""
 
 
 def budget_schedule(budget: Budget | None, times: Sequence[float], name: str = "budget") -> list[float | None]:
-    """Spells out the budgets of one sample, one per sampling step; ``None`` (everything) stays None.
+    """Lists the budget of every sampling step of one sample. None, which means all latents, stays None.
 
     Args:
-        budget: as :data:`Budget`, but no tensor: that one is split by sample first.
-        times: noise level at which each step starts.
+        budget: a :data:`Budget` other than a tensor, which :func:`budget_schedules` splits by sample first.
+        times: the noise level at which each step starts.
+        name: what an error calls the budget.
 
     Raises:
         ElitError: a budget outside (0, 1], or a list whose length is not the number of steps.
@@ -129,7 +138,7 @@ def budget_schedule(budget: Budget | None, times: Sequence[float], name: str = "
 def budget_schedules(
     budget: Budget | None, times: Sequence[Sequence[float]], name: str = "budget"
 ) -> list[list[float | None]]:
-    """Spells out the budgets of several samples: for each, one per sampling step.
+    """Lists, for each of several samples, the budget of every sampling step.
 
     Args:
         times: of each sample, the noise level at which each of its steps starts.

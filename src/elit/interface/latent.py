@@ -30,20 +30,20 @@ from elit.layers import (
 
 @dataclass(frozen=True)
 class InterfaceConfig:
-    """What a latent interface is.
+    """Configures a latent interface.
 
     Attributes:
         group_size: side of a window in tokens, or (time, height, width). J is the number of tokens in a window.
-        levels: the numbers of latents J~ that the model is trained with; None is all from ``min_latents`` to J.
-            Training fills it in, and a saved model keeps it.
-        min_latents: smallest level J_min where ``levels`` is None; None is J / 16, the paper's.
+        levels: the numbers of latents J~ that the model is trained with; None means all from ``min_latents`` to J.
+            Training sets it, and a saved model keeps it.
+        min_latents: the smallest level J_min, where ``levels`` is None; None means J / 16, as in the paper.
         variant: ``paper`` (pre-norms everywhere, rotary positions) or ``published`` (the released SiT checkpoints:
             queries of Read and inputs of Write not normalized, query-key norms over the full width, learned window
             and latent positions, budgets rounded down).
         write_depth: number of Write layers.
-        tail_visible: what becomes of the latents beyond the budget. False drops them everywhere (the paper). True
-            lets Read fill all J and Write see the dropped ones as Read left them (what the released checkpoints were
-            trained with); the core runs on J~ either way.
+        tail_visible: what becomes of the latents beyond the budget. With False they are dropped everywhere, as in the
+            paper. With True, Read fills all J latents, and Write sees those beyond the budget as Read left them; the
+            released checkpoints were trained so. The core runs on J~ latents either way.
     """
 
     group_size: int | Triple = 4
@@ -55,7 +55,7 @@ class InterfaceConfig:
 
 
 class Read(nn.Module):
-    """Latents pull what matters out of the spatial tokens of their window (Eq. 2)."""
+    """Fills latents by cross-attention from the spatial tokens of their window (Eq. 2)."""
 
     def __init__(self, width: int, num_heads: int, variant: str) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Read(nn.Module):
         self.modulation = Modulation(width, 7 if published else 6)  # the published seventh part is not used
 
     def forward(self, latents: Tensor, s: Tensor, c: Tensor, rope: Rotary | None) -> Tensor:
-        """latents (B, G, J~, D), s (B, G, J, D), c (B, D) -> latents (B, G, J~, D)."""
+        """Reads spatial tokens s (B, G, J, D) under condition c (B, D) into latents (B, G, J~, D), which it returns."""
         shift_s, scale_s, gate_a, shift_m, scale_m, gate_m, *_ = self.modulation(c, s.dim())
         context = modulate(self.context_norm(s), shift_s, scale_s)
         read = self.attention(self.query_norm(latents).flatten(0, 1), context.flatten(0, 1), k_rope=rope)
@@ -77,7 +77,7 @@ class Read(nn.Module):
 
 
 class Write(nn.Module):
-    """Spatial tokens take the result back from the latents of their window; zero-initialized."""
+    """Updates spatial tokens by cross-attention from the latents of their window. It starts as the identity."""
 
     def __init__(self, width: int, num_heads: int, variant: str) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Write(nn.Module):
         self.mlp = Mlp(width, width, bias=False)
 
     def forward(self, s: Tensor, latents: Tensor, rope: Rotary | None) -> Tensor:
-        """s (B, G, J, D), latents (B, G, J~, D) -> s (B, G, J, D)."""
+        """Writes latents (B, G, J~, D) into spatial tokens s (B, G, J, D), which it returns."""
         query, context = self.query_norm(s).flatten(0, 1), self.context_norm(latents).flatten(0, 1)
         s = s + self.attention(query, context, q_rope=rope).view_as(s)
         return s + self.mlp(self.mlp_norm(s))
@@ -101,10 +101,11 @@ class Write(nn.Module):
 
 
 class LatentInterface(nn.Module):
-    """Reads spatial tokens into latents before the core of a transformer, and writes them back after it.
+    """Reads spatial tokens into latents before the core of a transformer, and writes the latents back after it.
 
-    The steps are ``to_windows``, ``read``, core blocks on the first J~ latents, ``with_tail``, ``write``. It knows no
-    backbone: it needs tokens (B, N, D), their grid, a condition (B, D) and a level J~.
+    A forward calls ``to_windows`` and ``read``, runs the core blocks on the first J~ latents, and then calls
+    ``with_tail`` and ``write``. The interface knows no backbone: it needs tokens (B, N, D), their grid, a condition
+    (B, D) and a level J~.
 
     Args:
         grid_size: tokens along (T, H, W) that the model is built for. Rotary positions work on other grids too.
@@ -171,7 +172,7 @@ class LatentInterface(nn.Module):
         return self.levels[-1] if budget is None else to_level(budget, self.levels, self.num_latents, self.published)
 
     def grid_of(self, size: Triple) -> TokenGrid:
-        """Windows of a token grid that may differ from the one the interface was built for.
+        """Returns the windows of a token grid, which may differ from the grid that the interface was built for.
 
         Raises:
             ElitError: windows do not tile it, or the learned positions belong to another grid.
@@ -203,8 +204,11 @@ class LatentInterface(nn.Module):
         return latents + positions[:, :filled]
 
     def with_tail(self, latents: Tensor, filled: Tensor) -> Tensor:
-        """Returns what Write sees: latents (B, G, J~, D) after the core, and behind them those beyond the budget as
-        Read left them (``filled``, what :meth:`read` gave) where the tail is visible.
+        """Returns the latents that Write sees: those of the core, and where the tail is visible also the dropped ones.
+
+        Args:
+            latents: (B, G, J~, D), after the core.
+            filled: what :meth:`read` returned, which holds the latents beyond the budget.
         """
         level = latents.shape[2]
         if not self.config.tail_visible or level == self.num_latents:
@@ -221,16 +225,16 @@ class LatentInterface(nn.Module):
         return windows
 
     def window_rope(self) -> Rotary | None:
-        """Rotary positions (J, d / 2) of a window's tokens inside it, the same in every window; the latents are the
-        origin.
+        """Returns rotary positions (J, d / 2) of the tokens of a window, relative to it; latents are at the origin.
 
-        With them Read can tell the tokens of a window apart, and Write can put detail where it belongs.
+        With them Read can tell the tokens of a window apart, and Write can put detail where it belongs. The published
+        variant has learned positions instead: None.
         """
         return None if self.published else self.window_table()
 
     def core_rope(self, grid: TokenGrid, level: int, device: torch.device) -> Rotary | None:
-        """Rotary positions (K, d / 2) of the latents: index in window, then row and column of the window (video:
-        time first)."""
+        """Returns rotary positions (K, d / 2) of the latents in the core: the index in the window, then the row and
+        column of the window (for video the time before them). The published variant has none."""
         if self.published:
             return None
         native = grid == self.grid
@@ -240,7 +244,7 @@ class LatentInterface(nn.Module):
         return Rotary(*(table.view(by_window)[:, :level].flatten(0, 1).contiguous() for table in (cos, sin)))
 
     def positions(self, grid: TokenGrid, device: torch.device | None = None) -> Tensor:
-        """Coordinates (G * J, A) of all latents: index in window, then those of the window."""
+        """Returns the coordinates (G * J, A) of all latents: the index in the window, then those of the window."""
         place = coordinates(grid.shape, self.grid.axes, device)
         index = torch.arange(self.num_latents, device=device).repeat(grid.num_windows)
         return torch.cat((index[:, None], place.repeat_interleave(self.num_latents, dim=0)), dim=1)

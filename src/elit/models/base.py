@@ -1,4 +1,4 @@
-"""What every backbone is to its callers: a configuration, levels, conditions, and a forward in parts."""
+"""`Model`, the interface of every backbone: a forward in parts, levels, conditions, and saving."""
 
 from collections.abc import Sequence
 from typing import Any, Self
@@ -16,10 +16,10 @@ Levels = int | Sequence[int]
 
 
 class Model(nn.Module, HubModel):
-    """A velocity model: ``v = model(x, t, y, budget=...)``.
+    """Predicts velocities: ``v = model(x, t, y, budget=...)``.
 
-    A forward has two halves, for callers that share the first: :meth:`encode` knows no budget, and :meth:`at_levels`
-    takes each sample on from there at its own number of latents.
+    A forward has two halves, so that callers can compute the first one once. :meth:`encode` does what no budget
+    changes, and :meth:`at_levels` takes each sample on from there at its own number of latents.
 
     Attributes:
         config: the dataclass that rebuilds the model.
@@ -44,7 +44,7 @@ class Model(nn.Module, HubModel):
         *,
         num_latents: Levels | None = None,
     ) -> Any:
-        """Returns the velocity at x, of the same shape as x.
+        """Predicts the velocity at x, which has the shape of x.
 
         Args:
             x: (B, C, H, W), or (B, C, T, H, W) for video, in the dtype of the weights; of a multi-scale model (DFM) a
@@ -52,8 +52,9 @@ class Model(nn.Module, HubModel):
             t: (B,) in [0, 1], float32; 1 is noise and 0 is data. Of a multi-scale model (B, S).
             y: (B,) labels, where the label ``num_classes`` is the null class; for a model of text a
                 :class:`~elit.conditions.Text`; None for an unconditional model.
-            budget: fraction of the latents in (0, 1], for all or one per sample; None is all of them.
-            num_latents: the same as whole numbers J~, in place of ``budget``: what code passes.
+            budget: the fraction of the latents to use, in (0, 1]: one for all samples, or one per sample. None is the
+                most that was trained.
+            num_latents: the number of latents per window J~ to use, in place of ``budget``: one, or one per sample.
 
         Raises:
             ElitError: a budget that the model was not trained for, both of budget and num_latents, a condition that
@@ -66,16 +67,21 @@ class Model(nn.Module, HubModel):
         return self.at_levels(self.encode(x, t, y), num_latents)
 
     def encode(self, x: Any, t: Tensor, y: Any = None) -> Any:
-        """Does what no budget changes: embedding, condition and head. Takes x, t and y as :meth:`forward`."""
+        """Runs the part of a forward that no budget changes (embedding, condition and head) and returns its result.
+
+        Args:
+            x, t, y: as in :meth:`forward`.
+        """
         raise NotImplementedError
 
     def at_levels(self, encoded: Any, num_latents: Levels, rows: Sequence[int] | None = None) -> Any:
-        """Returns velocities from what :meth:`encode` gave, each sample at its own level.
+        """Finishes a forward that :meth:`encode` began, each sample at its own level, and returns the velocities.
 
         Args:
-            num_latents: J~ of all, or of each; 0 without an interface.
-            rows: which samples of the encoded batch, None for each once. One may stand there several times, at several
-                levels: what they share is computed once.
+            encoded: what :meth:`encode` returned.
+            num_latents: J~ for all samples, or one for each; 0 without an interface.
+            rows: indices of the samples to finish; None is each of them once. A sample may be named several times, at
+                different levels; what these have in common is then computed once.
         """
         raise NotImplementedError
 
@@ -92,7 +98,7 @@ class Model(nn.Module, HubModel):
         return 0 if self.interface is None else self.interface.num_latents
 
     def level(self, budget: float | None) -> int:
-        """Turns a budget into a level J~: the nearest that was trained; 0 without an interface.
+        """Turns a budget into a level J~, the nearest number of latents that was trained; 0 without an interface.
 
         Raises:
             ElitError: a budget outside (0, 1] or below what was trained, or below 1 without an interface.
@@ -104,7 +110,7 @@ class Model(nn.Module, HubModel):
         return 0
 
     def allow_untrained_levels(self) -> Self:
-        """Makes every possible number of latents a level of this model, for the curious, and returns the model."""
+        """Lets the model run with any number of latents, also untrained ones, and returns the model."""
         if self.interface is not None:
             self.interface.allow_untrained_levels()
         return self
@@ -139,15 +145,14 @@ class Model(nn.Module, HubModel):
 
     @property
     def stage_shapes(self) -> list[tuple[int, ...]] | None:
-        """Shapes of the stages that a multi-scale model takes, the coarsest first; None for one that takes samples as
-        they are."""
+        """The shapes of the stages that a multi-scale model takes, the coarsest first; None for all other models."""
         return None
 
     # -------------------------------------------------------------------------------------------- conditions
 
     @property
     def takes_text(self) -> bool:
-        """Whether conditions are text."""
+        """Whether the model is conditioned by text."""
         return False
 
     @property
@@ -156,13 +161,13 @@ class Model(nn.Module, HubModel):
         return bool(self.config.num_classes)
 
     def as_condition(self, given: Any) -> Condition:
-        """Turns what a user gives into conditions that a forward takes, on the model's device: here labels (B,).
+        """Checks the labels that a user gives, and returns them as a tensor (B,) on the model's device.
 
-        It looks at the values of labels, once and at the user's edge (a forward does not).
+        Models of text do the same with text. This looks at values, which a forward never does.
 
         Raises:
-            ElitError: no whole numbers, or a label outside 0..num_classes - 1. The null class is for guidance and
-                training alone.
+            ElitError: labels that are no whole numbers, or outside 0..num_classes - 1. The null class is none that a
+                user can give: it is for guidance and training.
         """
         if isinstance(given, Text):
             raise ElitError("the model is conditioned by labels, not by text")
@@ -183,7 +188,7 @@ class Model(nn.Module, HubModel):
         return map_condition(lambda labels: torch.full_like(labels, self.config.num_classes), y)
 
     def drop_condition(self, y: Condition, dropped: Tensor) -> Condition:
-        """Replaces those conditions y of a batch that are marked in ``dropped`` (B,) by :meth:`null_condition`."""
+        """Replaces the conditions y of those samples that are True in ``dropped`` (B,) by :meth:`null_condition`."""
 
         def choose(null: Tensor, value: Tensor) -> Tensor:
             return torch.where(dropped.view(-1, *(1,) * (value.dim() - 1)), null, value)

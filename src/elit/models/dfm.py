@@ -21,7 +21,7 @@ from elit.models.transformer import Encoded, Transformer, TransformerConfig, pat
 
 @dataclass(frozen=True)
 class DFMConfig(TransformerConfig):
-    """A multi-scale diffusion transformer: :class:`TransformerConfig`, with the input and patch size of the last stage.
+    """Configures a multi-scale model. Input and patch size of :class:`TransformerConfig` are those of the last stage.
 
     Attributes:
         stages: S, the number of stages.
@@ -48,9 +48,9 @@ class DFMConfig(TransformerConfig):
 
 
 class DFM(Transformer):
-    """Predicts velocities of all stages of a pyramid, at the times of the stages, for class y.
+    """Predicts the velocities of all stages of a pyramid, each at its own time, for class y.
 
-    It takes x as a list of stages (B, C, H_k, W_k) and t as (B, S), and gives a list of velocities.
+    It takes x as a list of stages (B, C, H_k, W_k) and t as (B, S), and returns a list of velocities.
 
     Args:
         config: what to build. Weights are drawn from torch's global generator.
@@ -69,7 +69,7 @@ class DFM(Transformer):
 
     @property
     def stage_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes (C, H_k, W_k) of the stages, the coarsest first."""
+        """The shapes (C, H_k, W_k) of the stages, the coarsest first."""
         config = self.config
         sizes = (config.of_stage(config.input_size, stage) for stage in range(config.stages))
         return [(config.in_channels, height, width) for _, height, width in sizes]
@@ -90,10 +90,10 @@ class DFM(Transformer):
         return self.add_label(times.sum(0), y)
 
     def embed(self, x: Sequence[Tensor], size: Triple) -> Tensor:
-        """Sums the tokens of the stages: (B, N, D).
+        """Embeds every stage and returns the sum of their tokens: (B, N, D).
 
-        A stage that is to be masked is given as zeros. To leave it out would be another function, for its bias counts,
-        and would leave its weights without a gradient, which distributed training wants of every parameter.
+        Callers mask a stage by giving zeros. Leaving it out would compute something else, because its bias counts, and
+        its weights would get no gradient, which distributed training expects of every parameter.
         """
         ends = zip(x, self.patch_embed, self.patches, strict=True)
         tokens = torch.stack([embed(patchify(stage, size, patch)) for stage, embed, patch in ends]).sum(0)

@@ -13,7 +13,7 @@ from elit.models.transformer import Encoded, Transformer, TransformerConfig, pat
 
 @dataclass(frozen=True)
 class DiTConfig(TransformerConfig):
-    """A DiT, or with ``positions="sincos"`` and ``qk_norm=False`` a SiT."""
+    """Configures a DiT, or with ``positions="sincos"`` and ``qk_norm=False`` a SiT."""
 
 
 class DiT(Transformer):

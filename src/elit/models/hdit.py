@@ -25,7 +25,7 @@ RUN = 4  # tokens that are merged into one
 
 @dataclass(frozen=True)
 class HDiTConfig(TransformerConfig):
-    """An HDiT: :class:`TransformerConfig`, whose width and heads are those of the outer blocks.
+    """Configures an HDiT. The width and heads of :class:`TransformerConfig` are those of the outer blocks.
 
     The defaults are those of HDiT-XL/2: depths 8, 12, 8.
 
@@ -54,7 +54,7 @@ class HDiTConfig(TransformerConfig):
 
     @property
     def outer_depth(self) -> int:
-        """Outer blocks before, and after, the inner ones."""
+        """The number of outer blocks before the inner ones, and again after them."""
         return (self.depth - self.inner_depth) // 2
 
 
@@ -89,10 +89,10 @@ class HDiT(DiT):
         nn.init.constant_(self.inner_share, 0.5)
 
     def run_blocks(self, first: int, end: int, stream: Stream, c: Tensor, rope: Rotary | None) -> Stream:
-        """Runs blocks first..end - 1, all of the inner ones or none among them; the inner ones on merged runs.
+        """Runs blocks first..end - 1, the inner ones on merged runs of tokens.
 
-        A merged run has the position of its first token. What comes back is blended with what the outer blocks knew,
-        in a learned share.
+        Either all inner blocks or none must be among them. A merged run has the position of its first token. The
+        output of the inner blocks is blended with their input, by a learned share.
         """
         inner = self.config.outer_depth
         outer = inner + self.config.inner_depth

@@ -23,11 +23,11 @@ from elit.models.transformer import Stream, TransformerConfig
 
 @dataclass(frozen=True)
 class MMDiTConfig(TransformerConfig):
-    """An MM-DiT: :class:`TransformerConfig` without classes.
+    """Configures an MM-DiT. The fields are those of :class:`TransformerConfig`, without classes.
 
     Attributes:
         text_width: width of the text embeddings.
-        empty_length: tokens of the empty prompt, which guidance and training take for "no text".
+        empty_length: number of tokens of the empty prompt, which stands for "no text" in guidance and training.
     """
 
     num_classes: int = 0
@@ -46,7 +46,7 @@ class MMDiTConfig(TransformerConfig):
 
 
 class JointBlock(nn.Module):
-    """A DiT block for each stream, with one attention over both."""
+    """Runs a DiT block on each of two streams, image and text, with one attention over both."""
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float, qk_norm: QKNorm) -> None:
         super().__init__()
@@ -54,7 +54,13 @@ class JointBlock(nn.Module):
         self.text = Block(width, num_heads, mlp_ratio, qk_norm)
 
     def forward(self, x: Tensor, text: Tensor, c: Tensor, rope: Rotary | None, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, X, D), text (B, L, D), c (B, D), seen (B, 1, 1, X + L) -> x, text."""
+        """Returns both streams after the block: x (B, X, D) and text (B, L, D).
+
+        Args:
+            c: the condition (B, D).
+            rope: rotary positions of x.
+            seen: (B, 1, 1, X + L), True for what may be attended to: all but padding.
+        """
         image_parts, text_parts = self.image.modulation(c, 3), self.text.modulation(c, 3)
         of_image = self.image.attention.project(self.image.before(x, image_parts), rope)
         of_text = self.text.attention.project(self.text.before(text, text_parts))
@@ -66,7 +72,7 @@ class JointBlock(nn.Module):
 
 
 class LastJointBlock(nn.Module):
-    """The last one: text is attended to and not changed, for nothing would read it."""
+    """Runs the last block: the image attends to the text, which stays as it is, for nothing would read it."""
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float, qk_norm: QKNorm) -> None:
         super().__init__()
@@ -77,7 +83,7 @@ class LastJointBlock(nn.Module):
         _, self.text_k_norm = qk_norm_pair(qk_norm, width, num_heads)
 
     def forward(self, x: Tensor, text: Tensor, c: Tensor, rope: Rotary | None, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """As :class:`JointBlock`."""
+        """Returns both streams after the block, as :meth:`JointBlock.forward` does."""
         parts, (shift, scale), attention = self.image.modulation(c, 3), self.text_modulation(c, 3), self.image.attention
         q, k, v = attention.project(self.image.before(x, parts), rope)
         text_k, text_v = self.text_kv(modulate(self.text_norm(text), shift, scale)).chunk(2, dim=-1)
@@ -111,7 +117,7 @@ class MMDiT(DiT):
         self.register_buffer("empty_prompt", torch.zeros(config.empty_length, config.text_width))
 
     def run_blocks(self, first: int, end: int, stream: Stream, c: Tensor, rope: Rotary | None) -> Stream:
-        """Runs blocks first..end - 1 on both streams, which see all of the image and of the text what is no padding."""
+        """Runs blocks first..end - 1 on both streams, which attend to all of the image and to the text but its padding."""
         assert stream.text is not None
         x, (words, mask) = stream.tokens, stream.text
         seen = F.pad(mask, (x.shape[1], 0), value=True)[:, None, None]  # (B, 1, 1, X + L)
@@ -140,7 +146,7 @@ class MMDiT(DiT):
         return True
 
     def check_text(self, y: Text | None) -> Text:
-        """Looks at the shapes of text (never at its values) and returns it.
+        """Checks the shapes of text (never its values) and returns it.
 
         Raises:
             ElitError: it is missing, or of other shapes than the model takes.
@@ -173,7 +179,7 @@ class MMDiT(DiT):
         return Text(tokens, (torch.arange(length, device=y.mask.device) < length - spare).expand(batch, -1))
 
     def set_empty_prompt(self, text: Text) -> None:
-        """Sets the embedding of the empty prompt, made by the encoder of the other prompts.
+        """Stores the embedding of the empty prompt, which the encoder of the other prompts must have made.
 
         Args:
             text: of one prompt; its padding is left out.
@@ -191,6 +197,6 @@ class MMDiT(DiT):
 
 
 def mean_of(text: Text) -> Tensor:
-    """Averages the tokens that are no padding: (B, D_text)."""
+    """Returns the mean of the tokens of each text, without padding: (B, D_text)."""
     weight = text.mask[..., None].to(text.tokens)
     return (text.tokens * weight).sum(1) / weight.sum(1).clamp(min=1)

@@ -40,7 +40,7 @@ DOWNSAMPLE = 8  # pixels per latent of the autoencoder that the published code w
 
 
 class Layout(NamedTuple):
-    """How the values of a tensor move between the published arrangement and ours."""
+    """Moves the values of a tensor between the published arrangement and ours."""
 
     to_ours: Callable[[Tensor, Model], Tensor]
     to_published: Callable[[Tensor, Model], Tensor]
@@ -74,7 +74,7 @@ RASTER = Layout(  # indexed by raster position <-> group-major
 
 
 class Row(NamedTuple):
-    """A parameter, or a module with all that is in it; # is a number."""
+    """Pairs the published name of a parameter, or of a module with all that is in it, with ours; # is a number."""
 
     published: str
     ours: str
@@ -125,7 +125,7 @@ TABLE = (
 
 
 def translate(name: str, side: Literal["published", "ours"]) -> tuple[str, Layout]:
-    """The name on the other side of :data:`TABLE`, and the layout, of a name from one side.
+    """Finds the name on the other side of :data:`TABLE`, and the layout, for a name of one side.
 
     Raises:
         KeyError: no row has it.
@@ -142,13 +142,13 @@ def translate(name: str, side: Literal["published", "ours"]) -> tuple[str, Layou
 
 
 def to_ours(tensors: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
-    """Published tensors under our names, in our layouts. ``model`` gives the sizes."""
+    """Converts published tensors to our names and layouts; ``model`` tells the sizes."""
     translated = ((translate(name, "published"), tensor) for name, tensor in tensors.items())
     return {name: layout.to_ours(tensor, model) for (name, layout), tensor in translated}
 
 
 def to_published(model: Model) -> dict[str, Tensor]:
-    """The tensors of a model under their published names, in the published layouts."""
+    """Converts the tensors of a model to their published names and layouts."""
     translated = ((translate(name, "ours"), tensor) for name, tensor in model.state_dict().items())
     return {name: layout.to_published(tensor, model) for (name, layout), tensor in translated}
 
@@ -158,7 +158,7 @@ def to_published(model: Model) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a published file holds of use.
+    """Holds what is of use in a published file.
 
     Attributes:
         source: the file.
@@ -175,7 +175,7 @@ class Checkpoint:
     steps: int
 
     def shape(self, name: str, dims: int) -> tuple[int, ...]:
-        """The shape of a tensor that every such model has.
+        """Returns the shape of a tensor that every such model has.
 
         Raises:
             ElitError: it is not there, or has not so many dimensions.
@@ -188,7 +188,7 @@ class Checkpoint:
         return shape
 
     def count(self, prefix: str) -> int:
-        """How many modules ``prefix.0``, ``prefix.1``, ... there are.
+        """Counts the modules ``prefix.0``, ``prefix.1``, ...
 
         Raises:
             ElitError: one between them is missing.
@@ -200,7 +200,7 @@ class Checkpoint:
         return len(found)
 
     def arg(self, name: str, *kinds: type) -> Any:
-        """A value of ``args``; None where there is none.
+        """Returns a value of ``args``; None where there is none.
 
         Raises:
             ElitError: it is of another type.
@@ -280,7 +280,7 @@ def _is_weight(value: object) -> bool:
 def recover_config(
     found: Checkpoint, num_heads: int | None = None, head_depth: int | None = None, tail_depth: int | None = None
 ) -> TransformerConfig:
-    """The configuration of a published model, from the shapes of its tensors and, where they leave it open, its args.
+    """Finds the configuration of a published model in the shapes of its tensors and, for what they leave open, its args.
 
     Args:
         num_heads, head_depth, tail_depth: go before what the file says.
@@ -388,7 +388,7 @@ def load_published(
     head_depth: int | None = None,
     tail_depth: int | None = None,
 ) -> Model:
-    """The model in a published ``.pt`` file, in evaluation mode on the CPU. Nothing in the file is executed.
+    """Loads the model of a published ``.pt`` file, in evaluation mode on the CPU. Nothing in the file is executed.
 
     Args:
         weights: ``ema``, or where there is none the raw weights; or ``raw``.
@@ -419,7 +419,7 @@ def _model_of(found: Checkpoint, num_heads: int | None, head_depth: int | None, 
 
 
 def published_name(config: TransformerConfig) -> str:
-    """``ELIT-SiT-XL/2``, or for a size that has no name ``ELIT-SiT-8x96/2`` (depth and width)."""
+    """Returns the published name, ``ELIT-SiT-XL/2``; a size without a name is ``ELIT-SiT-8x96/2`` (depth, width)."""
     family = ("ELIT-" if config.interface else "") + ("DFM-SiT" if isinstance(config, DFMConfig) else "SiT")
     sizes = {dimensions: size for size, dimensions in SIZES.items()}
     size = sizes.get((config.depth, config.width, config.num_heads), f"{config.depth}x{config.width}")
@@ -427,13 +427,13 @@ def published_name(config: TransformerConfig) -> str:
 
 
 def describe(model: Model) -> str:
-    """``ELIT-SiT-XL/2 with 705.1 M parameters``."""
+    """Describes a model: ``ELIT-SiT-XL/2 with 705.1 M parameters``."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     return f"{published_name(model.config)} with {millions:.1f} M parameters"
 
 
 def published_args(config: TransformerConfig) -> dict[str, Any]:
-    """What the published code, and :func:`recover_config`, need of ``args`` to rebuild a model."""
+    """Returns the ``args`` from which the published code, and :func:`recover_config`, can rebuild a model."""
     args: dict[str, Any] = {
         "model": published_name(config),
         "num_classes": config.num_classes,
@@ -509,7 +509,7 @@ def convert(
     head_depth: int | None = None,
     tail_depth: int | None = None,
 ) -> str:
-    """Brings a published checkpoint into our format, or a model of ours into the published one, by what ``source`` is.
+    """Converts a published checkpoint into our format, or a model of ours into the published one, as ``source`` is.
 
     The ``ema`` tensors of a file that is converted and converted back are those of the file, bit by bit, with ``args``
     and ``steps`` (kept in ``published.json``); its raw weights, optimizer state and projectors are not.

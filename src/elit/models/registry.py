@@ -27,13 +27,13 @@ WINDOWS_PER_SIDE = 4  # 16 windows an image: group size 4 at 256px, 8 at 512px
 
 
 class Family(NamedTuple):
-    """A family of named models.
+    """Describes a family of named models.
 
     Attributes:
         config: its configuration class.
         splits: blocks in head and tail, by size.
-        patch_sizes: those that have a name.
-        published: whether it is the released variant (sine-cosine positions, no query-key norm in the blocks).
+        patch_sizes: the patch sizes that have a name.
+        published: whether it is the released variant (sine-cosine positions, no query-key norms in the blocks).
     """
 
     config: type[TransformerConfig]
@@ -86,7 +86,7 @@ def is_name(name: str) -> bool:
 def config_for(
     name: str, resolution: int | tuple[int, int] = 256, downsample: int = 8, **overrides: Any
 ) -> TransformerConfig:
-    """Returns the configuration behind a name, see :func:`create`."""
+    """Returns the configuration of a named model; the arguments are those of :func:`create`."""
     found = NAME.fullmatch(name)
     if not found or not is_name(name):
         raise ElitError(
@@ -132,12 +132,12 @@ def create(name: str, resolution: int | tuple[int, int] = 256, downsample: int =
         name: ``DiT-B/2``, ``ELIT-SiT-XL/2``, ...: family, size and patch size (:func:`names` lists them all).
         resolution: pixels of a side, or (height, width).
         downsample: pixels per latent of the autoencoder; 1 for models on pixels.
-        overrides: any field of the configuration (:class:`TransformerConfig`, or what a backbone makes of it) or of
-            :class:`~elit.interface.InterfaceConfig`, such as ``num_classes=10`` or ``group_size=8`` (unless given, 16
-            windows an image).
+        overrides: any field of the configuration (:class:`TransformerConfig` and what the backbone adds to it) or of
+            :class:`~elit.interface.InterfaceConfig`, such as ``num_classes=10`` or ``group_size=8``. Without
+            ``group_size`` an image has 16 windows.
 
     Raises:
-        ElitError: no such name or field, or sizes that do not fit.
+        ElitError: there is no such name or field, or sizes do not fit each other.
     """
     return build(config_for(name, resolution, downsample, **overrides))
 

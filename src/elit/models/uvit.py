@@ -17,7 +17,7 @@ from elit.models.transformer import Stream, TransformerConfig
 
 @dataclass(frozen=True)
 class UViTConfig(TransformerConfig):
-    """A U-ViT: :class:`TransformerConfig`, with ``depth // 2 - 2`` long skips.
+    """Configures a U-ViT. The fields are those of :class:`TransformerConfig`; there are ``depth // 2 - 2`` long skips.
 
     Raises:
         ElitError: a split that a skip would cross, from tokens to latents.
@@ -33,7 +33,7 @@ class UViTConfig(TransformerConfig):
 
     @property
     def skips(self) -> int:
-        """How many pairs of blocks a skip joins, counted from both ends."""
+        """The number of long skips. Skip i joins block i and block ``depth - 1 - i``."""
         return max(0, self.depth // 2 - 2)
 
 
@@ -52,10 +52,10 @@ class UViT(DiT):
         self.joins = nn.ModuleList(Linear(2 * width, width) for _ in range(self.config.skips))
 
     def run_blocks(self, first: int, end: int, stream: Stream, c: Tensor, rope: Rotary | None) -> Stream:
-        """Runs blocks first..end - 1, which leave what they give on a stack of skips or take it from there.
+        """Runs blocks first..end - 1. Early blocks push their output on a stack of skips, and late blocks pop it.
 
-        Skips of the head end in the tail, both in space, and those that begin in the core end there, on latents: the
-        configuration allows no others.
+        Skips that begin in the head end in the tail, on spatial tokens, and skips that begin in the core end in the
+        core, on latents. The configuration allows no others.
         """
         depth, count = self.config.depth, self.config.skips
         x, skips = stream.tokens, list(stream.skips)
