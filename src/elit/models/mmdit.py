@@ -117,7 +117,7 @@ class MMDiT(DiT):
         self.register_buffer("empty_prompt", torch.zeros(config.empty_length, config.text_width))
 
     def run_blocks(self, first: int, end: int, stream: Stream, c: Tensor, rope: Rotary | None) -> Stream:
-        """Runs blocks first..end - 1 on both streams, which attend to all of the image and to the text but its padding."""
+        """Runs blocks first..end - 1 on both streams, which attend to all of the image and all words of the text."""
         assert stream.text is not None
         x, (words, mask) = stream.tokens, stream.text
         seen = F.pad(mask, (x.shape[1], 0), value=True)[:, None, None]  # (B, 1, 1, X + L)
