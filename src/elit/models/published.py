@@ -280,7 +280,7 @@ def _is_weight(value: object) -> bool:
 def recover_config(
     found: Checkpoint, num_heads: int | None = None, head_depth: int | None = None, tail_depth: int | None = None
 ) -> TransformerConfig:
-    """Finds the configuration of a published model in the shapes of its tensors and, where those do not say, in its args.
+    """Finds the configuration of a published model in its tensors' shapes and, where those do not say, in its args.
 
     Args:
         num_heads, head_depth, tail_depth: go before what the file says.
