@@ -181,46 +181,62 @@ def merge(wanted: Sequence[Evaluation]) -> Evaluation:
     )
 
 
-@torch.no_grad()
 def evaluate(model: Model, flow: Flow, wanted: Evaluation) -> Tensor:
     """Returns guided velocities of states, (B, *state_shape) in float64; the model runs in its own dtype.
 
-    Samples are encoded once, and once more where a weak term drops their condition. So the terms of autoguidance share
-    the head and Read.
+    The two terms of classifier-free guidance run as one batch, and those of autoguidance share the head and Read. The
+    weak term of ``ccfg``, which has another condition and another level, is a forward of its own.
     """
-    x, moment, moves, y, null, levels, guidance, weak_levels = wanted
-    count = len(levels)
-    active = [None if g is None else g.active(t) for g, t in zip(guidance, moment.host, strict=True)]
+    levels, guidance = wanted.levels, wanted.guidance
+    active = [None if g is None else g.active(t) for g, t in zip(guidance, wanted.moment.host, strict=True)]
     guided = [i for i, on in enumerate(active) if on is not None and bool(on.any())]
-    without = [i for i in guided if (g := guidance[i]) is not None and g.drops_condition]
+    cfg, ag, ccfg = ([i for i in guided if (g := guidance[i]) and g.kind == kind] for kind in ("cfg", "ag", "ccfg"))
+    weak_levels = {i: levels[i] if (level := wanted.weak_levels[i]) is None else level for i in guided}
 
-    states, t, inputs_move = x.to(model.dtype), moment.model, moves
-    if without:
-        assert y is not None
-        assert null is not None
-        every = torch.tensor([*range(count), *without], device=x.device)
-        states, t, inputs_move = states[every], t[every], moves[every]
-        rows = torch.tensor(without, device=x.device)
-        y = cat_conditions(y, select_condition(null, rows))
-    encoded = model.encode(flow.to_model(states, inputs_move), t, y)
-
-    place = {i: count + at for at, i in enumerate(without)}  # of a weak term in the encoded batch
-    terms = [*range(count), *(place.get(i, i) for i in guided)]
-    weak = [levels[i] if (level := weak_levels[i]) is None else level for i in guided]
-    answers = model.at_levels(encoded, one_or_all([*levels, *weak]), terms if guided else None)
-    velocity = flow.from_model(answers).double()
+    every = range(len(levels))
+    rows = [*every, *range(len(every), len(every) + len(cfg)), *ag] if ag else None
+    velocity = _forward(model, flow, wanted, every, cfg, [*levels, *(weak_levels[i] for i in cfg + ag)], rows)
+    if ccfg:
+        weak = _forward(model, flow, wanted, (), ccfg, [weak_levels[i] for i in ccfg])
+        velocity = torch.cat((velocity, weak))
     if not guided:
         return velocity
 
-    which = torch.tensor(guided, device=x.device)
-    strong, weak_term = velocity[which], velocity[count:]
+    guided = cfg + ag + ccfg  # the order of the weak terms
+    device, which = velocity.device, torch.tensor(guided, device=velocity.device)
+    strong, weak = velocity[which], velocity[len(every) :]
     scales = torch.tensor([g.scale for i in guided if (g := guidance[i]) is not None], dtype=torch.float64)
-    scale = scales.to(x.device).view(-1, *(1,) * (x.dim() - 1))
-    on = flow.spread(torch.stack([on for i in guided if (on := active[i]) is not None]).to(x.device))
-    mixed = torch.where(on, weak_term + scale * (strong - weak_term), strong)
-    return velocity[:count].index_copy(0, which, mixed)
+    scale = scales.to(device).view(-1, *(1,) * (velocity.dim() - 1))
+    on = flow.spread(torch.stack([on for i in guided if (on := active[i]) is not None]).to(device))
+    mixed = torch.where(on, weak + scale * (strong - weak), strong)
+    return velocity[: len(every)].index_copy(0, which, mixed)
 
 
-def one_or_all(levels: list[int]) -> int | list[int]:
-    """Returns one level where all are the same: the whole batch then runs without being split."""
-    return levels[0] if len(set(levels)) == 1 else levels
+def _forward(
+    model: Model,
+    flow: Flow,
+    wanted: Evaluation,
+    conditioned: Sequence[int],
+    dropped: Sequence[int],
+    levels: list[int],
+    rows: Sequence[int] | None = None,
+) -> Tensor:
+    """Runs the model on some samples with their conditions and, behind them, on some without.
+
+    Args:
+        levels: of the samples in that order, or of ``rows``.
+        rows: which of them to answer for, see :meth:`Model.at_levels`.
+    """
+    x, t, moves, y = wanted.x.to(model.dtype), wanted.moment.model, wanted.moves, wanted.y
+    chosen = [*conditioned, *dropped]
+    if chosen != list(range(len(x))):
+        which = torch.tensor(chosen, device=x.device)
+        x, t, moves = x[which], t[which], moves[which]
+    if dropped:
+        null = select_condition(wanted.null, torch.tensor(dropped, device=x.device))
+        y = cat_conditions(y, null) if conditioned else null
+    with torch.inference_mode():
+        encoded = model.encode(flow.to_model(x, moves), t, y)
+        level = levels[0] if len(set(levels)) == 1 else levels  # one level: the batch is not split
+        velocity = flow.from_model(model.at_levels(encoded, level, rows))
+    return velocity.to(torch.float64, copy=True)  # an ordinary tensor again

@@ -227,8 +227,10 @@ class Transformer(Model):
             self.core(encoded, level, as_rows([rows[i] for i in group], len(encoded.condition)), latents)
             for level, group in same.items()
         ]
+        # A sample that is wanted at two levels is decoded twice, in two batches: none is larger than the caller chose.
+        batches = [[core] for core in cores] if repeated else [cores]
         order = torch.tensor([i for group in same.values() for i in group])
-        return in_order(self.decode(encoded, *cores), order)
+        return in_order([self.decode(encoded, *batch) for batch in batches], order)
 
     def read(self, encoded: Encoded, num_latents: int) -> Tensor:
         """Fills latents from the spatial tokens: (B, G, J~, D), or all J of them where the tail is visible."""
@@ -367,12 +369,12 @@ def as_rows(rows: Sequence[int], batch_size: int) -> Rows:
     return None if end - first == batch_size else slice(first, end)
 
 
-def in_order(x: Any, order: Tensor) -> Any:
-    """Puts samples that were computed in some order, one tensor or a list of them, back into place."""
-    if order.equal(torch.arange(len(order))):
-        return x
-    back = order.argsort()
-    return [part[back] for part in x] if isinstance(x, list) else x[back]
+def in_order(batches: Sequence[Any], order: Tensor) -> Any:
+    """Puts samples that were computed in batches and in some order, tensors or lists of tensors, back into place."""
+    if isinstance(batches[0], list):
+        return [in_order(stage, order) for stage in zip(*batches, strict=True)]
+    x = cat(batches)
+    return x if order.equal(torch.arange(len(order))) else x[order.argsort()]
 
 
 def patchify(x: Tensor, size: Triple, patch: Triple) -> Tensor:
