@@ -21,7 +21,7 @@ import elit
 from common import interval
 from elit.analysis.calibration import REFERENCE_STEPS, calibrate
 from elit.analysis.environment import environment
-from elit.analysis.plan import Plan, alternatives, constant, measure_error, solve
+from elit.analysis.plan import Plan, baseline_plans, constant_plan, measure_error, solve
 from elit.atomic import write_json
 from elit.data import digits
 from elit.evaluation import Judge, train_classifier
@@ -52,12 +52,12 @@ def run(model: Any, out: Path, steps: int, speedups: Sequence[float], seeds: int
     console, results = Console(width=150), []
     for guidance in (None, elit.Guidance("cfg", 2.0)):
         calibration = calibrate(model, list(range(10)), guidance=guidance)
-        full = partial(constant, calibration, calibration.options[0], calibration.levels[-1])
+        full = partial(constant_plan, calibration, calibration.tables[0], calibration.levels[-1])
         plans = {f"1: {steps} steps": full(steps)}
         for speedup in speedups:
             limit = full(steps).flops / speedup
             plans[f"1/{speedup:g}: plan"] = solve(calibration, limit, "flops")
-            others = alternatives(calibration, limit, steps, "flops")
+            others = baseline_plans(calibration, limit, steps, "flops")
             plans |= {f"1/{speedup:g}: {name}": plan for name, plan in others.items()}
         by_seed = [measure(model, judge, full(REFERENCE_STEPS), plans, seed, num_samples) for seed in range(seeds)]
         rows = [

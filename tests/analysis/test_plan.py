@@ -1,9 +1,12 @@
 """The planner: its knapsack against all combinations, what it measures against samples, what it predicts and keeps."""
 
 import itertools
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +17,11 @@ from hypothesis import strategies as st
 import elit
 from elit import Guidance
 from elit.analysis import calibration as calibrating
-from elit.analysis import count_flops
-from elit.analysis.calibration import Calibration, Option, calibrate, thinned
-from elit.analysis.plan import Plan, alternatives, constant, knapsack, predict, solve
+from elit.analysis import count_flops, sampling_flops
+from elit.analysis.calibration import Calibration, GuidanceTable, calibrate, choose_levels
+from elit.analysis.plan import Plan, baseline_plans, constant_plan, knapsack, predict, solve
 from elit.errors import ElitError
+from elit.interface import InterfaceConfig
 from elit.models import MMDiT, MMDiTConfig, Model
 from elit.seeding import generator, normal
 from tests.helpers.models import TINY, inputs, randomize, tiny
@@ -50,15 +54,16 @@ def made(seed: int = 0, guidance: Guidance | None = None) -> Calibration:
     flops = [10, 20, 30, 40]
     return Calibration(
         levels=[1, 2, 3, 4],
+        num_latents=4,
         times=[1.0, 0.6, 0.2],
-        options=[Option(guidance, table, [2 * s for s in seconds], [2 * f for f in flops])],
+        tables=[GuidanceTable(guidance, table, [2 * s for s in seconds], [2 * f for f in flops])],
         seconds=seconds,
         flops=flops,
         overhead=0.25,
         step_counts=[2, 8, 32],
         step_errors=[0.4, 0.1, 0.02],
         solver="euler",
-        stamp={"path": "linear"},
+        stamp={"path": "linear", "format": calibrating.FORMAT},
     )
 
 
@@ -92,17 +97,19 @@ def test_plans_keep_their_cost_and_no_constant_budget_is_predicted_better(seed: 
     try:
         plan = solve(calibration, limit)
     except ElitError:
-        assert constant(calibration, calibration.options[0], 1, 4).seconds > limit * (1 - 1e-9)
+        assert constant_plan(calibration, calibration.tables[0], 1, 4).seconds > limit * (1 - 1e-9)
         return
     assert plan.seconds <= limit * (1 + 1e-9)
-    for other in alternatives(calibration, limit * (1 - 0.02), steps=10).values():  # costs are rounded up by 64 / 4000
+    for other in baseline_plans(
+        calibration, limit * (1 - 0.02), steps=10
+    ).values():  # costs are rounded up by 64 / 4000
         if other.steps >= 4:
             assert plan.error <= other.error + 1e-12
 
 
 def test_predictions_add_up_step_by_step() -> None:
     calibration = made(1, Guidance("cfg", 2.0, interval=(0.0, 0.6)))
-    option = calibration.options[0]
+    option = calibration.tables[0]
     plan = predict(calibration, option, [1, 2, 4, 3])  # at t = 1, 0.75, 0.5, 0.25: guided below 0.6
     columns = [0, 1, 3, 2]
     tables = (calibration.seconds, calibration.seconds, option.seconds, option.seconds)
@@ -122,11 +129,11 @@ def test_more_money_never_buys_a_worse_plan() -> None:
 
 def test_impossible_target_names_the_least_possible() -> None:
     with pytest.raises(ElitError, match=r"nothing costs 0\.04 GFLOPs or less; the least is 0\.08 GFLOPs: 4 steps"):
-        solve(replace(made(), flops=[10**7 * f for f in (1, 2, 3, 4)], options=[_scaled()]), 4e7, "flops")
+        solve(replace(made(), flops=[10**7 * f for f in (1, 2, 3, 4)], tables=[_scaled()]), 4e7, "flops")
 
 
-def _scaled() -> Option:
-    return replace(made().options[0], guidance=Guidance("cfg"), flops=[2 * 10**7 * f for f in (1, 2, 3, 4)])
+def _scaled() -> GuidanceTable:
+    return replace(made().tables[0], guidance=Guidance("cfg"), flops=[2 * 10**7 * f for f in (1, 2, 3, 4)])
 
 
 def test_error_of_a_step_is_what_it_does_to_samples(model: Model, plain: Calibration) -> None:
@@ -139,21 +146,21 @@ def test_error_of_a_step_is_what_it_does_to_samples(model: Model, plain: Calibra
         changed = draw(budget=[low if i == at else 1.0 for i in range(steps)])
         effect = (changed - full).pow(2).flatten(1).mean(1).sqrt().mean().item()
         # float32 samples that differ by little: 1 % of the effect, and of nothing else
-        assert plain.options[0].errors[at][0] / steps == pytest.approx(effect, rel=0.01)
+        assert plain.tables[0].errors[at][0] / steps == pytest.approx(effect, rel=0.01)
 
 
 def test_full_budget_has_no_error_and_guided_errors_follow_the_terms(model: Model, guided: Calibration) -> None:
-    kinds = [(o.guidance.kind, o.guidance.budget) for o in guided.options if o.guidance]
+    kinds = [(o.guidance.kind, o.guidance.budget) for o in guided.tables if o.guidance]
     assert kinds == [("cfg", None), *(("ccfg", level / model.num_latents) for level in guided.levels)]
-    assert all(row[-1] == 0 for row in guided.options[0].errors)
-    last = guided.options[-1].errors  # ccfg with a weak term at full budget: no error at full budget either
+    assert all(row[-1] == 0 for row in guided.tables[0].errors)
+    last = guided.tables[-1].errors  # ccfg with a weak term at full budget: no error at full budget either
     assert all(row[-1] == pytest.approx(0, abs=1e-6) for row in last)
-    assert all(error > 0 for option in guided.options[:-1] for row in option.errors for error in row[:-1])
+    assert all(error > 0 for option in guided.tables[:-1] for row in option.errors for error in row[:-1])
 
 
 def test_cost_of_options(model: Model, guided: Calibration, plain: Calibration) -> None:
     assert guided.flops == plain.flops
-    for option in guided.options:
+    for option in guided.tables:
         assert option.guidance is not None
         weak = option.guidance.budget
         own = [count_flops(model.config, level).total for level in guided.levels]
@@ -162,23 +169,82 @@ def test_cost_of_options(model: Model, guided: Calibration, plain: Calibration) 
         assert len(option.seconds) == len(guided.levels)
 
 
+@pytest.mark.parametrize("guidance", [CFG, Guidance("ag", 2.0), Guidance("ccfg", 2.0, interval=(0.2, 0.7))])
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_flops_of_plans_are_those_of_sampling(model: Model, guidance: Guidance, solver: str) -> None:
+    """Also where Heun's second evaluation is guided and its first is not."""
+    calibration = calibrate(model, LABELS, num_samples=1, guidance=guidance, solver=solver)
+    for table in calibration.tables:
+        plan = predict(calibration, table, [1, 4, 2, 3, 4])
+        assert plan.flops == sampling_flops(model, plan.steps, plan.budgets, plan.guidance, solver)
+
+
+def test_seconds_of_every_pair_of_levels(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+    """Two terms at one level run as one batch: that pair costs what it does under cfg, not what the others do."""
+    strong, weak, both = {1: 5.0, 2: 6.5, 4: 9.0}, {1: 1.0, 2: 1.5, 4: 3.0}, {1: 5.5, 2: 7.5, 4: 11.0}
+    ways = [CFG, *(Guidance("ccfg", 2.0, level / 4) for level in strong)]
+
+    def steps(timer: Any, guidance: Guidance | None, levels: Sequence[int]) -> list[float]:
+        if guidance is None:
+            return [strong[level] for level in levels]
+        of_weak = None if guidance.budget is None else int(4 * guidance.budget)
+        return [both[each] if of_weak in (None, each) else strong[each] + weak[of_weak] for each in levels]
+
+    monkeypatch.setattr(calibrating._StepTimer, "_steps", steps)
+    timer = calibrating._StepTimer(calibrating._Samples(model, LABELS, 1, "linear"))
+    plain, guided = timer.measure(ways, (1, 2, 4))
+    assert plain == list(strong.values())
+    assert guided == [steps(timer, way, (1, 2, 4)) for way in ways]
+
+
+def test_only_trained_levels_are_measured_and_planned() -> None:
+    """The highest need not be J."""
+    model = tiny(interface=InterfaceConfig(2, levels=(1, 3)))
+    calibration = calibrate(model, LABELS, num_samples=2, guidance=Guidance("ccfg", 2.0))
+    assert (calibration.levels, calibration.num_latents) == ([1, 3], 4)
+    assert calibration.tables[0].flops[1] == sum(count_flops(model.config, level).total for level in (3, 1))
+    plan = solve(calibration, 1e12, "flops")
+    assert set(plan.budgets) == {0.75}
+    assert baseline_plans(calibration, 1e12, 8, "flops")["fewer steps"].budgets[0] == 0.75
+    assert elit.sample(model, LABELS, **plan.arguments()).isfinite().all()
+
+
+def test_a_stamp_tells_models_apart_that_have_the_same_weights() -> None:
+    models = [tiny(), tiny(interface=InterfaceConfig(2, levels=(1, 4))), tiny(rope_theta=50.0)]
+    models += [tiny(interface=InterfaceConfig(2, levels=(1, 4))).allow_untrained_levels()]
+    stamps = [calibrating.calibration_stamp(model, 1, None, "euler", "linear", 0) for model in models]
+    assert len({stamp["model"] for stamp in stamps}) == 1
+    assert len({json.dumps(stamp) for stamp in stamps}) == 4
+
+
+def test_files_of_another_version_are_refused(tmp_path: Path, plain: Calibration) -> None:
+    plan = solve(plain, 1e12, "flops")
+    for stamp in ({**plain.stamp, "format": 1}, {k: v for k, v in plain.stamp.items() if k != "format"}):
+        replace(plain, stamp=stamp).save(tmp_path / "calibration.json")
+        replace(plan, stamp=stamp).save(tmp_path / "plan.json")
+        with pytest.raises(ElitError, match=r"calibration\.json was calibrated by another version of elit; delete it"):
+            Calibration.load(tmp_path / "calibration.json")
+        with pytest.raises(ElitError, match=r"plan\.json was planned by another version of elit; make it again"):
+            Plan.load(tmp_path / "plan.json")
+
+
 def test_autoguidance_keeps_its_weak_term(model: Model) -> None:
     calibration = calibrate(model, LABELS, num_samples=2, guidance=Guidance("ag", 2.0, budget=0.5))
-    assert [o.guidance for o in calibration.options] == [Guidance("ag", 2.0, budget=0.5)]
+    assert [o.guidance for o in calibration.tables] == [Guidance("ag", 2.0, budget=0.5)]
 
 
 def test_models_of_text_are_planned() -> None:
     model = randomize(MMDiT(MMDiTConfig(**(TINY.__dict__ | {"num_classes": 0, "text_width": 32})))).eval()
     _, _, text = inputs(model, 3)
     calibration = calibrate(model, text, guidance=CFG, num_samples=2)
-    plan = solve(calibration, calibration.options[0].flops[0] * 6, "flops")
+    plan = solve(calibration, calibration.tables[0].flops[0] * 6, "flops")
     assert elit.sample(model, text, seeds=[0, 1, 2], **plan.arguments()).isfinite().all()
 
 
 def test_plan_and_calibration_survive_their_files(tmp_path: Path, model: Model, guided: Calibration) -> None:
     guided.save(tmp_path / "calibration.json")
     assert Calibration.load(tmp_path / "calibration.json") == guided
-    plan = solve(guided, guided.options[0].flops[-1] * 10, "flops")
+    plan = solve(guided, guided.tables[0].flops[-1] * 10, "flops")
     plan.save(tmp_path / "plan.json")
     read = Plan.load(tmp_path / "plan.json")
     assert read == plan
@@ -208,6 +274,6 @@ def test_what_cannot_be_planned_is_refused(model: Model) -> None:
 
 @given(st.integers(1, 20), st.integers(20, 90))
 def test_thinned_levels_keep_the_ends(first: int, last: int) -> None:
-    levels = thinned(range(first, last + 1))
+    levels = choose_levels(range(first, last + 1))
     assert levels[0] == first and levels[-1] == last
     assert len(levels) <= calibrating.MAX_LEVELS and sorted(set(levels)) == list(levels)

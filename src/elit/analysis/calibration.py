@@ -1,5 +1,5 @@
-"""What the planner must know of a model on a device, measured once: what a sampling step costs at every level, how far
-it then is from full budget, and what too few steps cost.
+"""Measures once what the planner must know of a model on a device: what a sampling step costs at every level, how far
+it then is from the highest level, and what too few steps cost.
 
 Errors are root mean squares over the elements of a *sample*: the velocity's error at (noise level, level) is taken on
 the model's own trajectories, and multiplied by how much of a small change at that noise level remains in the sample.
@@ -24,35 +24,25 @@ from elit.atomic import write_json
 from elit.conditions import Condition, map_condition
 from elit.digest import weights_digest
 from elit.errors import ElitError
-from elit.flow import (
-    Evaluation,
-    Guidance,
-    StepInfo,
-    Trajectory,
-    advance,
-    evaluate,
-    flow_of,
-    sample,
-    time_grid,
-    weak_level,
-)
-from elit.flow.solvers import Moment, solver_named
+from elit.flow import Guidance, Trajectory, advance, flow_of, sample, weak_level
+from elit.flow.solvers import solver_named
 from elit.models import Model
 from elit.seeding import generator, normal
 
+FORMAT = 2  # of calibrations and plans; it rises when their numbers change their meaning
 NOISE_LEVELS = 8  # at which the velocity is compared, evenly from t = 1
 STEP_COUNTS = (2, 4, 8, 16, 32)  # at which the discretisation error is measured; it is a power law in between
 REFERENCE_STEPS = 64
-MAX_LEVELS = 9  # more are thinned out, evenly in the logarithm
+MAX_LEVELS = 9  # of more, some are left out
 TIMING_ROUNDS = 15
 
 
 @dataclass(frozen=True)
-class Option:
-    """One way to guide, at every calibrated level of the strong term.
+class GuidanceTable:
+    """What was measured of one way to guide, at every calibrated level of the strong term.
 
     Attributes:
-        guidance: None is none.
+        guidance: the way to guide; None is none.
         errors: of a guided velocity against the reference's, as it shows in the sample: (noise levels, levels).
         seconds: of one evaluation of a batch with guidance on: (levels,).
         flops: of one evaluation of one sample with guidance on: (levels,).
@@ -66,21 +56,23 @@ class Option:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Of one model, device, batch size, solver and guidance.
+    """What was measured of one model, device, batch size, solver and guidance.
 
     Attributes:
-        levels: J~ that were measured, ascending; the last is J.
+        levels: J~ that were measured, ascending, all of them trained.
+        num_latents: J; a level over it is a budget.
         times: noise levels, descending from 1.
-        options: ways to guide, the one asked for first.
+        tables: one for each way to guide, the one asked for first.
         seconds: of one evaluation of a batch without guidance: (levels,). ``flops`` likewise, of one sample.
         overhead: seconds of a call of :func:`elit.sample` beside its steps.
-        step_counts: numbers of steps at which ``step_errors`` is the error of full budget.
+        step_counts: numbers of steps at which ``step_errors`` is the error of the highest level.
         stamp: what was measured, with what and when.
     """
 
     levels: list[int]
+    num_latents: int
     times: list[float]
-    options: list[Option]
+    tables: list[GuidanceTable]
     seconds: list[float]
     flops: list[int]
     overhead: float
@@ -90,57 +82,75 @@ class Calibration:
     stamp: dict[str, Any]
 
     def discretisation(self, steps: int) -> float:
-        """Error of so many steps at full budget: a power law between what was measured, and beyond."""
+        """Predicts the error of so many steps at the highest level, by a power law between those that were measured."""
         x, y = np.log(self.step_counts), np.log(self.step_errors)
         at = int(np.clip(np.searchsorted(x, np.log(steps)) - 1, 0, len(x) - 2))
         slope = (y[at + 1] - y[at]) / (x[at + 1] - x[at])
         return float(np.exp(y[at] + slope * (np.log(steps) - x[at])))
 
-    def errors_at(self, option: Option, times: np.ndarray) -> np.ndarray:
-        """Of the option's velocity at any noise levels, linear between those measured: (noise levels, levels)."""
-        columns = np.array(option.errors[::-1]).T
+    def errors_at(self, table: GuidanceTable, times: np.ndarray) -> np.ndarray:
+        """Interpolates a table's errors at any noise levels, linearly: (noise levels, levels)."""
+        columns = np.array(table.errors[::-1]).T
         return np.stack([np.interp(times, self.times[::-1], column) for column in columns], axis=1)
 
     def save(self, path: Path) -> None:
-        """Raises:
-        ElitError: it cannot be written.
+        """Writes the calibration to a JSON file.
+
+        Raises:
+            ElitError: it cannot be written.
         """
         write_json(path, asdict(self), indent=None)
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
-        """Raises:
-        ElitError: the file is no calibration.
+        """Reads a calibration from its file.
+
+        Raises:
+            ElitError: the file is no calibration, or one of another version of the library.
         """
         try:
             values = json.loads(path.read_text())
-            options = [Option(**{**o, "guidance": guidance_from(o["guidance"])}) for o in values.pop("options")]
-            return cls(options=options, **values)
+            if is_current(values["stamp"]):
+                tables = [
+                    GuidanceTable(**{**t, "guidance": guidance_from(t["guidance"])}) for t in values.pop("tables")
+                ]
+                return cls(tables=tables, **values)
         except (ValueError, TypeError, KeyError) as error:
             raise ElitError(f"{path} is no calibration, or a damaged one; delete it to measure again") from error
+        raise ElitError(f"{path} was calibrated by another version of elit; delete it to measure again")
 
 
 def guidance_from(values: dict[str, Any] | None) -> Guidance | None:
-    """Guidance as it is read from JSON."""
+    """Builds guidance from what JSON keeps of it."""
     return None if values is None else Guidance(**{**values, "interval": tuple(values["interval"])})
+
+
+def is_current(stamp: dict[str, Any]) -> bool:
+    """Tells whether numbers with this stamp have the meaning that this version gives them."""
+    return stamp.get("format") == FORMAT
 
 
 def calibration_stamp(
     model: Model, batch_size: int, guidance: Guidance | None, solver: str, path: str, seed: int
 ) -> dict[str, Any]:
-    """What a calibration depends on; two with equal stamps are the same measurement."""
+    """Describes what a calibration depends on; two with equal stamps are the same measurement."""
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
-    return {
+    stamp = {
+        "format": FORMAT,
         "model": weights_digest(model),
+        "config": asdict(model.config),
+        "levels": model.levels,
         "dtype": str(model.dtype),
         "device": device,
         "batch_size": batch_size,
-        "guidance": json.loads(json.dumps(asdict(guidance))) if guidance else None,
+        "guidance": asdict(guidance) if guidance else None,
         "solver": solver,
         "path": path,
         "seed": seed,
         **{k: v for k, v in environment().items() if k != "date"},
     }
+    plain: dict[str, Any] = json.loads(json.dumps(stamp))  # as it comes back from a file
+    return plain
 
 
 def calibrate(
@@ -154,7 +164,8 @@ def calibrate(
     num_samples: int = 8,
     seed: int = 0,
 ) -> Calibration:
-    """Measures a model: some hundred forwards of ``num_samples`` samples, and the timing of steps of a batch.
+    """Measures a model at the levels that it was trained for: some hundred forwards of ``num_samples`` samples, and the
+    timing of steps of a batch.
 
     Args:
         labels: what to sample, one per sample; None for an unconditional model.
@@ -170,28 +181,29 @@ def calibrate(
     if solver == "sde":
         raise ElitError("planning needs a deterministic solver, euler or heun: with sde no two budgets end alike")
     stamp = calibration_stamp(model, batch_size, guidance, solver, path, seed)
-    levels = thinned(model.levels)
-    options = _options(model, guidance, levels)
-    probe = _Probe(model, labels, guidance, solver, path, num_samples, seed)
-    errors = probe.velocity_errors(options, levels)
-    counts, step_errors = probe.step_errors()
-    clock = _Clock(model, labels, batch_size)
-    seconds, by_option = clock.measure(options, levels)
+    levels = choose_levels(model.levels)
+    ways = _ways_to_guide(model, guidance, levels)
+    measurement = _ErrorMeasurement(_Samples(model, labels, num_samples, path), guidance, solver, seed)
+    errors = measurement.velocity_errors(ways, levels)
+    counts, step_errors = measurement.step_errors()
+    timer = _StepTimer(_Samples(model, labels, batch_size, path))
+    seconds, seconds_guided = timer.measure(ways, levels)
 
-    def flops(option: Guidance | None) -> list[int]:
-        weak = None if option is None else weak_level(model, option)
-        return [velocity_flops(model.config, level, option, weak) for level in levels]
+    def flops(way: Guidance | None) -> list[int]:
+        weak = None if way is None else weak_level(model, way)
+        return [velocity_flops(model.config, level, way, weak) for level in levels]
 
     return Calibration(
         levels=list(levels),
-        times=probe.times,
-        options=[
-            Option(option, error, of_option, flops(option))
-            for option, error, of_option in zip(options, errors, by_option, strict=True)
+        num_latents=model.num_latents,
+        times=measurement.times,
+        tables=[
+            GuidanceTable(way, of_way, timed, flops(way))
+            for way, of_way, timed in zip(ways, errors, seconds_guided, strict=True)
         ],
         seconds=seconds,
         flops=flops(None),
-        overhead=clock.overhead(levels[0] / model.num_latents, seconds[0]),
+        overhead=timer.overhead(seconds[-1]),
         step_counts=counts,
         step_errors=step_errors,
         solver=solver,
@@ -199,63 +211,73 @@ def calibrate(
     )
 
 
-def thinned(levels: Sequence[int], most: int = MAX_LEVELS) -> tuple[int, ...]:
-    """At most so many of the levels, evenly in the logarithm, the first and the last among them."""
+def choose_levels(levels: Sequence[int], most: int = MAX_LEVELS) -> tuple[int, ...]:
+    """Chooses at most so many of the levels, evenly in the logarithm, the first and the last among them."""
     if len(levels) <= most:
         return tuple(levels)
     wanted = np.geomspace(levels[0], levels[-1], most)
     return tuple(sorted({min(levels, key=lambda level: abs(level - w)) for w in wanted}))
 
 
-def _options(model: Model, guidance: Guidance | None, levels: Sequence[int]) -> list[Guidance | None]:
+def _ways_to_guide(model: Model, guidance: Guidance | None, levels: Sequence[int]) -> list[Guidance | None]:
+    """Lists the ways to guide that are measured: the one asked for, and in place of ``cfg`` also ``ccfg``."""
     if guidance is None or guidance.kind != "cfg":
         return [guidance]
     return [guidance, *(replace(guidance, kind="ccfg", budget=level / model.num_latents) for level in levels)]
 
 
-def _always(guidance: Guidance | None) -> Guidance | None:
-    """The same at every time: what a guided step costs."""
-    return guidance and replace(guidance, interval=(0.0, 1.0))
+class _Samples:
+    """Some samples of a model, to be started from any state, at any times and levels."""
 
+    def __init__(self, model: Model, labels: Condition | Sequence[int] | None, count: int, path: str) -> None:
+        self.model, self.count, self.flow = model, count, flow_of(model, path)
+        self.labels = None if labels is None else _repeat(model.as_condition(labels), count)
+        self.null = None if self.labels is None else model.null_condition(self.labels)
 
-class _Probe:
-    """Trajectories of a few samples at full budget, and what lower budgets and fewer steps do to them."""
+    def start(
+        self, solver: str, noise: Tensor, times: Tensor, levels: Sequence[int], guidance: Guidance | None
+    ) -> Trajectory:
+        """Starts a trajectory of all samples.
 
-    def __init__(
-        self,
-        model: Model,
-        labels: Condition | Sequence[int] | None,
-        guidance: Guidance | None,
-        solver: str,
-        path: str,
-        num_samples: int,
-        seed: int,
-    ) -> None:
-        self.model, self.guidance, self.flow = model, guidance, flow_of(model, path)
-        self.solver = solver_named(solver)
-        self.weak = weak_level(model, guidance) if guidance else None
-        self.y = None if labels is None else _cycled(model.as_condition(labels), num_samples)
-        self.null = None if self.y is None else model.null_condition(self.y)
-        start = normal(generator(seed, "calibration"), (num_samples, *model.input_shape()))
-        self.start = start.to(model.device, torch.float64)
-        self.times = torch.linspace(1, 0, NOISE_LEVELS + 1, dtype=torch.float64)[:-1].tolist()
-
-    def _run(self, steps: int, start: Tensor, skipped: int = 0) -> list[Tensor]:
-        """Returns the states from the start on, at full budget, entering the grid of ``steps`` after those skipped."""
-        count = len(start)
-        times = time_grid("euler", steps)[skipped:]
-        trajectory = Trajectory(
+        Args:
+            noise: states (B, C, H, W) at the first time.
+            times: (steps + 1,).
+            levels: J~ of each step.
+        """
+        weak = None if guidance is None else weak_level(self.model, guidance)
+        return Trajectory(
             self.flow,
-            self.solver,
-            start,
-            times[:, None].expand(-1, count),
-            [[self.model.levels[-1]] * count] * (len(times) - 1),
-            self.y,
+            solver_named(solver),
+            noise,
+            times[:, None].expand(-1, self.count),
+            [[level] * self.count for level in levels],
+            self.labels,
             self.null,
-            [self.guidance] * count,
-            [self.weak] * count,
+            [guidance] * self.count,
+            [weak] * self.count,
             device=self.model.device,
         )
+
+
+class _ErrorMeasurement:
+    """Trajectories of a few samples at the highest level, and what lower levels and fewer steps do to them."""
+
+    def __init__(self, samples: _Samples, guidance: Guidance | None, solver: str, seed: int) -> None:
+        self.samples, self.model, self.flow = samples, samples.model, samples.flow
+        self.guidance, self.solver = guidance, solver
+        noise = normal(generator(seed, "calibration"), (samples.count, *self.flow.state_shape))
+        self.noise = noise.to(self.model.device, torch.float64)
+        self.times = self._grid(NOISE_LEVELS)[:-1].tolist()
+
+    def _grid(self, steps: int) -> Tensor:
+        return self.flow.times(solver_named(self.solver), steps)
+
+    def _run(self, steps: int, start: Tensor, skipped: int = 0) -> list[Tensor]:
+        """Returns the states from the start on, at the highest level, entering the grid of ``steps`` after those
+        skipped."""
+        times = self._grid(steps)[skipped:]
+        levels = [self.model.levels[-1]] * (len(times) - 1)
+        trajectory = self.samples.start(self.solver, start, times, levels, self.guidance)
         states = [start]
         while not trajectory.is_done:
             advance(self.model, [trajectory])
@@ -264,49 +286,47 @@ class _Probe:
         return states
 
     def step_errors(self) -> tuple[list[int], list[float]]:
-        """Of fewer steps, against ``REFERENCE_STEPS``."""
-        reference = self._run(REFERENCE_STEPS, self.start)[-1]
-        return list(STEP_COUNTS), [root_mean_square(self._run(n, self.start)[-1] - reference) for n in STEP_COUNTS]
+        """Measures the errors of fewer steps, against ``REFERENCE_STEPS``."""
+        reference = self._run(REFERENCE_STEPS, self.noise)[-1]
+        return list(STEP_COUNTS), [root_mean_square(self._run(n, self.noise)[-1] - reference) for n in STEP_COUNTS]
 
-    def velocity_errors(self, options: Sequence[Guidance | None], levels: Sequence[int]) -> list[list[list[float]]]:
-        """Against the first option at full budget, as it shows in the sample: (options, noise levels, levels)."""
-        states = self._run(NOISE_LEVELS, self.start)
+    def velocity_errors(self, ways: Sequence[Guidance | None], levels: Sequence[int]) -> list[list[list[float]]]:
+        """Measures errors against the first way to guide at the highest level, as they show in the sample: (ways, noise
+        levels, levels)."""
+        states = self._run(NOISE_LEVELS, self.noise)
         by_time = []
         for at, t in enumerate(self.times):
-            velocities = self._velocities(states[at], torch.tensor(t, dtype=torch.float64), options, levels)
+            velocities = self._velocities(states[at], torch.tensor(t, dtype=torch.float64), ways, levels)
             full = velocities[0][-1]
             gain = self._gain(states, at, velocities[0][0] - full)
             by_time.append([[gain * root_mean_square(v - full) for v in row] for row in velocities])
         return [list(rows) for rows in zip(*by_time, strict=True)]
 
     def _velocities(
-        self, x: Tensor, t: Tensor, options: Sequence[Guidance | None], levels: Sequence[int]
+        self, x: Tensor, t: Tensor, ways: Sequence[Guidance | None], levels: Sequence[int]
     ) -> list[list[Tensor]]:
-        """Of every option at every level; each term is computed once."""
-        cond = {level: self._term(x, t, self.y, level) for level in levels}
+        """Returns the velocity of every way to guide at every level; each term is computed once."""
         if self.guidance is None or not self.guidance.active(t):
-            return [list(cond.values()) for _ in options]
-        y = self.null if self.guidance.drops_condition else self.y
-        of_options = [weak_level(self.model, option) for option in options if option]
-        weak_levels = {*levels, *(level for level in of_options if level is not None)}
-        weak = {level: self._term(x, t, y, level) for level in weak_levels}
+            strong = self._terms(x, t, self.samples.labels, levels)
+            return [list(strong.values()) for _ in ways]
+        guided = [(way, weak_level(self.model, way)) for way in ways if way]
+        every = sorted({*levels, *(weak for _, weak in guided if weak is not None)})
+        strong = self._terms(x, t, self.samples.labels, every)
+        weak_terms = self._terms(x, t, self.samples.null, every) if self.guidance.drops_condition else strong
+        return [
+            [way.combine(strong[level], weak_terms[level if weak is None else weak]) for level in levels]
+            for way, weak in guided
+        ]
 
-        def guided(option: Guidance, level: int) -> Tensor:
-            of_option = weak_level(self.model, option)
-            return option.combine(cond[level], weak[level if of_option is None else of_option])
-
-        return [[guided(option, level) for level in levels] for option in options if option]
-
-    def _term(self, x: Tensor, t: Tensor, y: Condition | None, level: int) -> Tensor:
-        count = len(x)
-        times = t.expand(count)
-        moment = Moment(times, times.to(x.device, torch.float32), self.flow.spread(times.to(x.device)))
-        moves = torch.ones(count, dtype=torch.bool, device=x.device)
-        wanted = Evaluation(x, moment, moves, y, None, [level] * count, [None] * count, [None] * count)
-        return evaluate(self.model, self.flow, wanted)
+    @torch.no_grad()
+    def _terms(self, x: Tensor, t: Tensor, y: Condition | None, levels: Sequence[int]) -> dict[int, Tensor]:
+        """Returns the velocity at each level, from one encoding."""
+        times = t.to(x.device, torch.float32).expand(self.samples.count)
+        encoded = self.model.encode(self.flow.to_model(x.to(self.model.dtype), torch.ones_like(times) > 0), times, y)
+        return {level: self.flow.from_model(self.model.at_levels(encoded, level)).double() for level in levels}
 
     def _gain(self, states: list[Tensor], at: int, direction: Tensor) -> float:
-        """How much of a change of the state, of the size that one step makes, is left in the sample."""
+        """Measures how much of a change of the state, of the size that one step makes, is left in the sample."""
         size = root_mean_square(direction)
         if size == 0:  # one level alone: nothing to plan with
             return 1.0
@@ -315,77 +335,65 @@ class _Probe:
         return root_mean_square(moved - states[-1]) / root_mean_square(change)
 
 
-class _Clock:
-    """Times the steps of :func:`elit.sample` itself."""
+class _StepTimer:
+    """Times the steps of trajectories, as :func:`elit.sample` takes them."""
 
-    def __init__(self, model: Model, labels: Condition | Sequence[int] | None, batch_size: int) -> None:
-        self.model = model
-        self.labels = None if labels is None else _cycled(model.as_condition(labels), batch_size)
-        self.batch_size = batch_size
+    def __init__(self, samples: _Samples) -> None:
+        self.samples, self.model = samples, samples.model
+        self.noise = torch.zeros(samples.count, *samples.flow.state_shape, device=self.model.device)
 
-    def measure(
-        self, options: Sequence[Guidance | None], levels: Sequence[int]
-    ) -> tuple[list[float], list[list[float]]]:
-        """Seconds of a step without guidance (levels,), and with each option (options, levels): medians of rounds.
+    def measure(self, ways: Sequence[Guidance | None], levels: Sequence[int]) -> tuple[list[float], list[list[float]]]:
+        """Times a step without guidance (levels,), and with each way to guide (ways, levels): medians of rounds.
 
-        The terms of ``ccfg`` and ``ag`` run one after the other, so a weak term is timed at one level of the strong.
+        The first way is timed at every level. The others, ``ccfg`` beside ``cfg``, are timed at one level of the strong
+        term, for what a weak term adds is the same at each. An exception are two terms at one level, which run their
+        core as one batch: there ``ccfg`` does exactly what ``cfg`` does.
         """
-        always = [_always(option) for option in options]
-        rows = {None: levels} | {o: levels if o.kind == "cfg" else levels[:1] for o in always if o}
-        rounds: dict[Guidance | None, list[list[float]]] = {option: [] for option in rows}
-        for turn in range(TIMING_ROUNDS + 1):
-            for option, row in rows.items():
-                seconds = self._steps(option, row)
-                if turn:  # the first warms up
-                    rounds[option].append(seconds)
-        medians = {o: [statistics.median(s) for s in zip(*turns, strict=True)] for o, turns in rounds.items()}
-        plain = medians[None]
+        guided = [None if way is None else replace(way, interval=(0.0, 1.0)) for way in ways]
+        rows: list[tuple[Guidance | None, Sequence[int]]] = [(None, levels)]
+        for i, way in enumerate(guided):
+            others = [level for level in levels if way is None or level != weak_level(self.model, way)]
+            rows.append((way, levels if i == 0 or not others else others[:1]))
+        turns = [[self._steps(*row) for row in rows] for _ in range(TIMING_ROUNDS + 1)][1:]  # the first warms up
+        plain, first, *rest = [
+            [statistics.median(seconds) for seconds in zip(*of_row, strict=True)] for of_row in zip(*turns, strict=True)
+        ]
 
-        def spread(row: list[float]) -> list[float]:
-            return row if len(row) == len(levels) else [s + row[0] - plain[0] for s in plain]
+        def whole(way: Guidance | None, timed: Sequence[int], seconds: list[float]) -> list[float]:
+            added = seconds[0] - plain[levels.index(timed[0])]
+            weak = None if way is None else weak_level(self.model, way)
+            return [first[i] if level == weak else plain[i] + added for i, level in enumerate(levels)]
 
-        return plain, [spread(medians[option]) for option in always]
+        return plain, [first, *(whole(*row, seconds) for row, seconds in zip(rows[2:], rest, strict=True))]
 
     def _steps(self, guidance: Guidance | None, levels: Sequence[int]) -> list[float]:
-        """Seconds of one step at each level; a step before them takes the start of the call."""
-        stamps: list[float] = []
-
-        def stamp(info: StepInfo) -> None:
+        """Returns the seconds of one step at each level, after one that does not count."""
+        times = torch.linspace(1, 0, len(levels) + 2, dtype=torch.float64)
+        trajectory = self.samples.start("euler", self.noise, times, [levels[0], *levels], guidance)
+        stamps = []
+        while not trajectory.is_done:
+            advance(self.model, [trajectory])
             synchronize(self.model.device)
             stamps.append(time.perf_counter())
-
-        budgets = [level / self.model.num_latents for level in (levels[0], *levels)]
-        self._sample(len(budgets), budgets, guidance, stamp)
         return [end - start for start, end in zip(stamps, stamps[1:], strict=False)]
 
-    def overhead(self, budget: float, seconds: float) -> float:
-        """Seconds of a call beside its steps."""
-        calls = []
+    def overhead(self, seconds: float) -> float:
+        """Measures the seconds of a call of :func:`elit.sample` beside its steps, which take ``seconds`` each at the
+        highest level."""
+        calls, count = [], self.samples.count
         for _ in range(TIMING_ROUNDS):
             start = time.perf_counter()
-            self._sample(1, budget, None)
+            sample(self.model, self.samples.labels, seeds=range(count), steps=1, batch_size=count)
             synchronize(self.model.device)
             calls.append(time.perf_counter() - start)
         return max(0.0, statistics.median(calls) - seconds)
 
-    def _sample(self, steps: int, budget: Any, guidance: Guidance | None, callback: Any = None) -> Tensor:
-        return sample(
-            self.model,
-            self.labels,
-            seeds=range(self.batch_size),
-            steps=steps,
-            budget=budget,
-            guidance=guidance,
-            batch_size=self.batch_size,
-            callback=callback,
-        )
 
-
-def _cycled(y: Condition, count: int) -> Condition:
-    """The first ``count`` conditions, from the start again where there are fewer."""
+def _repeat(y: Condition, count: int) -> Condition:
+    """Returns the first ``count`` conditions, from the start again where there are fewer."""
     return map_condition(lambda v: v[torch.arange(count, device=v.device) % len(v)], y)
 
 
 def root_mean_square(x: Tensor) -> float:
-    """Root mean square of each sample, averaged over samples."""
+    """Returns the root mean square of each sample, averaged over samples."""
     return x.pow(2).flatten(1).mean(1).sqrt().mean().item()

@@ -1,5 +1,5 @@
-"""The planner: steps, a budget for each, and the weak budget of guidance that come closest to the full model within a
-cost.
+"""Plans sampling: the steps, a budget for each of them and the weak budget of guidance that come closest to the full
+model within a cost.
 
 Of a number of steps S, the predicted error of a sample is ``sqrt(D(S)^2 + (sum_s dt e(t_s, J~_s))^2)``: the error D of
 too few steps and that of lower budgets are independent, while the errors of a trajectory's steps add up (they mostly
@@ -18,16 +18,17 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from elit.analysis.calibration import Calibration, Option, guidance_from, root_mean_square
+from elit.analysis.calibration import Calibration, GuidanceTable, guidance_from, is_current, root_mean_square
 from elit.analysis.measure import Latency, time_interleaved
 from elit.atomic import write_json
 from elit.conditions import Condition
 from elit.errors import ElitError
 from elit.flow import Guidance, sample
-from elit.flow.solvers import time_grid
+from elit.flow.solvers import SOLVERS, time_grid
 from elit.models import Model
 
 CostKind = Literal["seconds", "flops"]
+TableKind = Literal["seconds", "flops", "error"]
 STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 24, 28, 32, 36, 40, 48, 56, 64)
 MIN_STEPS = 4  # of fewer, the discretisation error is no guide to quality
 COST_UNITS = 4000
@@ -62,7 +63,7 @@ class Plan:
         return len(self.budgets)
 
     def arguments(self) -> dict[str, Any]:
-        """Of :func:`elit.sample`."""
+        """Returns the arguments of :func:`elit.sample` that follow the plan."""
         return {
             "steps": self.steps,
             "budget": self.budgets,
@@ -72,33 +73,43 @@ class Plan:
         }
 
     def save(self, path: Path) -> None:
-        """Raises:
-        ElitError: it cannot be written.
+        """Writes the plan to a JSON file.
+
+        Raises:
+            ElitError: it cannot be written.
         """
         write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> "Plan":
-        """Raises:
-        ElitError: the file is not there, or no plan.
+        """Reads a plan from its file.
+
+        Raises:
+            ElitError: the file is not there, is no plan, or is one of another version of the library.
         """
         try:
             values = json.loads(Path(path).read_text())
-            return cls(**{**values, "guidance": guidance_from(values["guidance"])})
+            plan = cls(**{**values, "guidance": guidance_from(values["guidance"])})
+            current = is_current(plan.stamp)
         except OSError as error:
             raise ElitError(f"cannot read the plan {path}: {error.strerror or error}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ElitError(f"{path} is no plan of elit plan, or a damaged one") from error
+        if not current:
+            raise ElitError(f"{path} was planned by another version of elit; make it again with elit plan")
+        return plan
 
 
-def predict(calibration: Calibration, option: Option, levels: Sequence[int]) -> Plan:
-    """Cost and error of a schedule: one level per step, of those that are calibrated."""
-    costs, flops, errors = (_table(calibration, option, len(levels), kind) for kind in ("seconds", "flops", "error"))
+def predict(calibration: Calibration, table: GuidanceTable, levels: Sequence[int]) -> Plan:
+    """Predicts cost and error of a schedule: one level per step, of those that are calibrated."""
+    costs, flops, errors = (
+        _step_table(calibration, table, len(levels), kind) for kind in ("seconds", "flops", "error")
+    )
     at = range(len(levels)), [calibration.levels.index(level) for level in levels]
     of_budgets = errors[at].sum()
     return Plan(
-        budgets=[level / calibration.levels[-1] for level in levels],
-        guidance=option.guidance,
+        budgets=[level / calibration.num_latents for level in levels],
+        guidance=table.guidance,
         solver=calibration.solver,
         path=calibration.stamp["path"],
         seconds=float(costs[at].sum()) + calibration.overhead,
@@ -108,13 +119,13 @@ def predict(calibration: Calibration, option: Option, levels: Sequence[int]) -> 
     )
 
 
-def constant(calibration: Calibration, option: Option, level: int, steps: int) -> Plan:
-    """One level for all steps."""
-    return predict(calibration, option, [level] * steps)
+def constant_plan(calibration: Calibration, table: GuidanceTable, level: int, steps: int) -> Plan:
+    """Makes the plan of one level for all steps."""
+    return predict(calibration, table, [level] * steps)
 
 
 def solve(calibration: Calibration, limit: float, cost: CostKind = "seconds", min_steps: int = MIN_STEPS) -> Plan:
-    """The plan of least predicted error whose cost stays within the limit.
+    """Finds the plan of least predicted error whose cost stays within the limit.
 
     Args:
         limit: seconds of a call for one batch of the calibrated size, or FLOPs of a sample.
@@ -126,39 +137,39 @@ def solve(calibration: Calibration, limit: float, cost: CostKind = "seconds", mi
     if not counts:
         raise ElitError(f"min_steps is {min_steps}; plans have up to {STEPS[-1]} steps")
     plans = [
-        predict(calibration, option, levels)
-        for option in calibration.options
+        predict(calibration, table, levels)
+        for table in calibration.tables
         for steps in counts
-        if (levels := _schedule(calibration, option, steps, limit, cost)) is not None
+        if (levels := _schedule(calibration, table, steps, limit, cost)) is not None
     ]
     if not plans:
         cheapest = min(
-            (constant(calibration, option, calibration.levels[0], counts[0]) for option in calibration.options),
+            (constant_plan(calibration, table, calibration.levels[0], counts[0]) for table in calibration.tables),
             key=lambda plan: getattr(plan, cost),
         )
         raise ElitError(
-            f"nothing costs {cost_text(limit, cost)} or less; the least is {cost_text(getattr(cheapest, cost), cost)}: "
-            f"{counts[0]} steps at budget {cheapest.budgets[0]:.4g}"
+            f"nothing costs {format_cost(limit, cost)} or less; the least is "
+            f"{format_cost(getattr(cheapest, cost), cost)}: {counts[0]} steps at budget {cheapest.budgets[0]:.4g}"
         )
     return min(plans, key=lambda plan: (plan.error, getattr(plan, cost)))
 
 
-def alternatives(calibration: Calibration, limit: float, steps: int, cost: CostKind = "seconds") -> dict[str, Plan]:
-    """What one would do within the limit without a planner, guided as asked, by name; those that exist.
+def baseline_plans(calibration: Calibration, limit: float, steps: int, cost: CostKind = "seconds") -> dict[str, Plan]:
+    """Makes what one would do within the limit without a planner, guided as asked; those that exist, by name.
 
     ``constant budget``: the usual ``steps`` at the highest budget that they leave. ``best constant``: the steps
-    and the one budget of least predicted error. ``fewer steps``: full budget.
+    and the one budget of least predicted error. ``fewer steps``: the highest level.
     """
-    option = calibration.options[0]
+    table, highest = calibration.tables[0], calibration.levels[-1]
 
-    def within(counts: Sequence[int]) -> list[Plan]:
-        plans = (constant(calibration, option, level, n) for level in calibration.levels for n in counts)
+    def within(counts: Sequence[int], levels: Sequence[int] = calibration.levels) -> list[Plan]:
+        plans = (constant_plan(calibration, table, level, n) for level in levels for n in counts)
         return [plan for plan in plans if getattr(plan, cost) <= limit]
 
     found = {
         "constant budget": max(within([steps]), key=lambda p: p.budgets[0], default=None),
         "best constant": min(within(STEPS), key=lambda p: p.error, default=None),
-        "fewer steps": max((p for p in within(STEPS) if p.budgets[0] == 1), key=lambda p: p.steps, default=None),
+        "fewer steps": max(within(STEPS, [highest]), key=lambda p: p.steps, default=None),
     }
     return {name: plan for name, plan in found.items() if plan is not None}
 
@@ -166,7 +177,7 @@ def alternatives(calibration: Calibration, limit: float, steps: int, cost: CostK
 def measure_seconds(
     model: Model, labels: Condition | Sequence[int] | None, plans: Sequence[Plan], batch_size: int, rounds: int = 9
 ) -> list[Latency]:
-    """Of sampling one batch as each plan says: in turns, so that a busy moment of the machine meets all of them."""
+    """Times sampling one batch as each plan says: in turns, so that a busy moment of the machine meets all of them."""
 
     def run(plan: Plan) -> None:
         sample(model, labels, seeds=range(batch_size), batch_size=batch_size, **plan.arguments())
@@ -175,32 +186,35 @@ def measure_seconds(
 
 
 def measure_error(samples: Tensor, reference: Tensor) -> float:
-    """What a plan predicts: the distance between samples (B, C, H, W) of the same noise, per element."""
+    """Measures what a plan predicts: the distance between samples (B, C, H, W) of the same noise, per element."""
     return root_mean_square(samples - reference)
 
 
-def short(value: float, digits: int = 3) -> str:
-    """So many digits, and no exponent for large numbers."""
+def format_number(value: float, digits: int = 3) -> str:
+    """Writes a number with so many digits, and without an exponent where it is large."""
     return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
 
 
-def cost_text(value: float, cost: CostKind) -> str:
-    """``80.1 ms`` or ``12.3 GFLOPs``."""
-    return f"{short(value * 1e3)} ms" if cost == "seconds" else f"{short(value / 1e9)} GFLOPs"
+def format_cost(value: float, cost: CostKind) -> str:
+    """Writes a cost with its unit: ``80.1 ms`` or ``12.3 GFLOPs``."""
+    return f"{format_number(value * 1e3)} ms" if cost == "seconds" else f"{format_number(value / 1e9)} GFLOPs"
 
 
-def _schedule(calibration: Calibration, option: Option, steps: int, limit: float, cost: CostKind) -> list[int] | None:
-    """The levels of least error within the limit, or None where the lowest level is too dear."""
+def _schedule(
+    calibration: Calibration, table: GuidanceTable, steps: int, limit: float, cost: CostKind
+) -> list[int] | None:
+    """Returns the levels of least error within the limit, or None where the lowest level is too dear."""
     left = limit - (calibration.overhead if cost == "seconds" else 0)
-    costs = _table(calibration, option, steps, cost)
+    costs = _step_table(calibration, table, steps, cost)
     if costs.min(axis=1).sum() > left:
         return None
-    chosen = knapsack(costs / left, _table(calibration, option, steps, "error"))
+    chosen = knapsack(costs / left, _step_table(calibration, table, steps, "error"))
     return None if chosen is None else [calibration.levels[i] for i in chosen]
 
 
 def knapsack(costs: np.ndarray, errors: np.ndarray, units: int = COST_UNITS) -> list[int] | None:
-    """One column of each row, with the least sum of errors whose costs sum to 1 at most; None where there is none.
+    """Chooses one column of each row, so that the costs sum to 1 at most and the sum of errors is least; None where
+    nothing is that cheap.
 
     Costs are rounded up to ``1 / units``, so that the sum never exceeds 1.
 
@@ -226,16 +240,15 @@ def knapsack(costs: np.ndarray, errors: np.ndarray, units: int = COST_UNITS) -> 
     return chosen[::-1]
 
 
-def _table(
-    calibration: Calibration, option: Option, steps: int, kind: Literal["seconds", "flops", "error"]
-) -> np.ndarray:
-    """Of every step at every level: (steps, levels)."""
+def _step_table(calibration: Calibration, table: GuidanceTable, steps: int, kind: TableKind) -> np.ndarray:
+    """Returns the cost or the error of every step at every level: (steps, levels)."""
     times = time_grid(calibration.solver, steps)
     if kind == "error":
-        return -times.diff().numpy()[:, None] * calibration.errors_at(option, times[:-1].numpy())
-    plain, guided = np.array(getattr(calibration, kind)), np.array(getattr(option, kind))
-    on = np.zeros(steps, bool) if option.guidance is None else option.guidance.active(times[:-1]).numpy()
-    evaluations = np.ones(steps, int)
-    if calibration.solver == "heun":
-        evaluations[:-1] = 2
-    return evaluations[:, None] * np.where(on[:, None], guided, plain)
+        return -times.diff().numpy()[:, None] * calibration.errors_at(table, times[:-1].numpy())
+    plain, guided = np.array(getattr(calibration, kind)), np.array(getattr(table, kind))
+    on = np.zeros(steps + 1, bool) if table.guidance is None else table.guidance.active(times).numpy()
+    at_times = np.where(on[:, None], guided, plain)  # of one evaluation at each time
+    costs: np.ndarray = at_times[:-1].copy()
+    # A solver of second order evaluates at the end of each step too, but for the last.
+    costs[:-1] += (SOLVERS[calibration.solver].evaluations - 1) * at_times[1:-1]
+    return costs

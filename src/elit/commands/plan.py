@@ -18,12 +18,12 @@ from elit.analysis.plan import (
     MIN_STEPS,
     CostKind,
     Plan,
-    alternatives,
-    constant,
-    cost_text,
+    baseline_plans,
+    constant_plan,
+    format_cost,
+    format_number,
     measure_error,
     measure_seconds,
-    short,
     solve,
 )
 from elit.atomic import write_json
@@ -122,23 +122,23 @@ def make_plan(options: PlanOptions) -> Plan:
     if model.conditional and not model.config.num_classes:
         raise ElitError("elit plan samples classes; for a model of text call elit.analysis.calibrate with prompts")
     known = load_calibration(options, inputs, console)
-    full = constant(known, known.options[0], known.levels[-1], options.steps)
+    full = constant_plan(known, known.tables[0], known.levels[-1], options.steps)
     cost, limit = target_of(options, full)
     plan = solve(known, limit, cost, options.min_steps)
     plan.save(options.out)
 
     rows = [Row("full budget", full), Row("plan", plan)]
-    rows += [Row(name, other) for name, other in alternatives(known, limit, options.steps, cost).items()]
+    rows += [Row(name, other) for name, other in baseline_plans(known, limit, options.steps, cost).items()]
     if options.measure:
         measure_rows(rows, inputs, options)
-    print_rows(console, rows, cost_text(limit, cost), options.batch_size)
+    print_rows(console, rows, format_cost(limit, cost), options.batch_size)
     write_results(options.out.with_name(f"{options.out.stem}-results.json"), rows, {"cost": cost, "limit": limit})
     draw_plans(options.out, rows)
     measured = rows[1].seconds
     if measured is not None and cost == "seconds" and measured > (1 + SLACK) * limit:
         console.print(
-            f"[bold]measured {cost_text(measured, cost)}, the target is {cost_text(limit, cost)}:[/bold] the machine "
-            "was busier now than when it was calibrated, or is busy; try --recalibrate on an idle one"
+            f"[bold]measured {format_cost(measured, cost)}, the target is {format_cost(limit, cost)}:[/bold] the "
+            "machine was busier now than when it was calibrated, or is busy; try --recalibrate on an idle one"
         )
     console.print(f"plan in {options.out}, with a picture and the table beside it")
     console.print(f"next: elit sample --model {options.model} --plan {options.out} --num-images 16 --out planned.png")
@@ -223,7 +223,7 @@ def print_rows(console: Console, rows: list[Row], target: str, batch_size: int) 
     for heading in ("steps", "budget", "weak", "GFLOPs", "ms", "error", *scores(rows[0])):
         table.add_column(heading, justify="right")
     for row in rows:
-        table.add_row(row.name, *cells(row), *(short(value) for value in scores(row).values()))
+        table.add_row(row.name, *cells(row), *(format_number(value) for value in scores(row).values()))
     console.print(table)
     images = "an image" if batch_size == 1 else f"a batch of {batch_size}"
     what = "predicted/measured" if rows[0].seconds else "predicted"
@@ -245,7 +245,7 @@ def cells(row: Row) -> list[str]:
         str(plan.steps),
         f"{low:.2g}" if low == high else f"{low:.2g}..{high:.2g}",
         weak,
-        short(plan.flops / 1e9, 4),
+        format_number(plan.flops / 1e9, 4),
         predicted_and_measured(plan.seconds * 1e3, row.seconds and row.seconds * 1e3, 3),
         predicted_and_measured(plan.error, row.error, 2),
     ]
@@ -259,7 +259,7 @@ def scores(row: Row) -> dict[str, float]:
 
 def predicted_and_measured(predicted: float, measured: float | None, digits: int) -> str:
     """Writes two numbers side by side, or the predicted one alone."""
-    return "/".join(short(value, digits) for value in (predicted, measured) if value is not None)
+    return "/".join(format_number(value, digits) for value in (predicted, measured) if value is not None)
 
 
 def write_results(path: Path, rows: list[Row], target: dict[str, Any]) -> None:
