@@ -37,8 +37,9 @@ def double(x: Tensor) -> Tensor:
 
 
 def decompose(x: Tensor, stages: int) -> list[Tensor]:
-    """Splits an image (B, C, H, W) into its Laplacian pyramid: the image at 1 / 2^(S - 1) of its size, then what each
-    doubling lacks.
+    """Splits an image (B, C, H, W) into the stages of its Laplacian pyramid, the coarsest first.
+
+    The first stage is the image at 1 / 2^(S - 1) of its size. Each further one is what doubling the sides so far lacks.
 
     Raises:
         ElitError: the sides cannot be halved so often.
@@ -66,12 +67,12 @@ def recompose(stages: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class StageDensity:
-    """How training draws which stages are active, once per batch, and their times.
+    """Draws the stages that are active in a training step, once per batch, and their times.
 
     Attributes:
-        weights: ``weights[k]`` is the chance that k is the last active stage (they are scaled to sum to 1).
-        last: times of the last active stage.
-        earlier: times of the stages before it, which are mostly clean by then.
+        weights: ``weights[k]`` is the probability that k is the last active stage; they are scaled to sum to 1.
+        last: the density of times of the last active stage.
+        earlier: the density of times of the stages before it, which are mostly clean by then.
 
     Raises:
         ElitError: weights that are negative or all zero.
@@ -86,7 +87,7 @@ class StageDensity:
             raise ElitError(f"stage weights {list(self.weights)} must be positive, one per stage")
 
     def draw(self, count: int, path: Path, rng: np.random.Generator) -> tuple[Tensor, int]:
-        """Draws times (count, S), float32, 1 for the stages that are masked, and the number of active stages."""
+        """Draws times (count, S) in float32 and the number of active stages; masked stages have the time 1."""
         weights = np.array(self.weights, dtype=np.float64)
         last = int(rng.choice(len(weights), p=weights / weights.sum()))
         times = torch.ones(count, len(weights))
@@ -103,18 +104,19 @@ THRESHOLD = 0.1  # the published one
 
 @dataclass(frozen=True)
 class StageSchedule:
-    """When each stage is sampled: ``steps[k]`` equal steps bring stage k from 1 to ``thresholds[k]`` while later stages
-    wait at 1, masked; equal steps until the end then bring it to 0.
+    """Says when a multi-scale model samples each stage, the coarsest first.
 
-    So the coarse stages are mostly done, but can still adapt, when a finer one starts. The last stage has no threshold:
-    it goes to 0 at once. For two stages this is the published schedule.
+    First, ``steps[k]`` equal steps bring stage k from t = 1 to ``thresholds[k]``, while later stages wait at 1, masked.
+    Equal steps until the end then bring it to 0. So the coarse stages are mostly done when a finer one starts, but can
+    still adapt to it. The last stage has no threshold and goes to 0 at once. For two stages this is the published
+    schedule. ``StageSchedule(steps=[30, 10], thresholds=[0.1])`` has 40 steps.
 
     Attributes:
-        steps: at least 1 for each stage.
-        thresholds: in [0, 1), one for each stage but the last.
+        steps: the number of steps of each stage, at least 1.
+        thresholds: times in [0, 1), one for each stage but the last.
 
     Raises:
-        ElitError: other counts or values.
+        ElitError: a number of thresholds that does not fit, or values out of range.
     """
 
     steps: Sequence[int]
@@ -132,7 +134,7 @@ class StageSchedule:
 
     @classmethod
     def even(cls, steps: int, stages: int, threshold: float = THRESHOLD) -> Self:
-        """Shares ``steps`` out evenly, the coarser stages taking the rest.
+        """Divides ``steps`` evenly among the stages; coarser stages take what remains.
 
         Raises:
             ElitError: fewer steps than stages.
@@ -157,7 +159,9 @@ class StageSchedule:
 
 
 class PyramidFlow:
-    """The flow of multi-scale models: a state is the stages of an image side by side, (B, M), each at its own time.
+    """Defines the flow of multi-scale models, where a state is the stages of an image side by side, (B, M).
+
+    Each stage is at its own time.
 
     Args:
         shapes: (C, H_k, W_k) of every stage, the coarsest first.

@@ -51,13 +51,13 @@ def _patch_side(linear: Tensor, model: Model) -> int:
 
 
 def _latent_order(model: Model) -> Tensor:
-    """Raster position of each latent, latents being group-major."""
+    """Returns the raster position of each latent, in the group-major order of latents."""
     assert model.interface is not None
     return model.interface.grid.raster_index().flatten()
 
 
 def _reorder(rows: Tensor, order: Tensor) -> Tensor:
-    """Rows of the grid in another order; those beyond it stay."""
+    """Puts the rows of the grid in another order; those beyond the grid stay."""
     return torch.cat((rows[order], rows[len(order) :]))
 
 
@@ -477,8 +477,10 @@ def save_published(model: Model, path: str | Path, args: dict[str, Any] | None =
 
 
 def check_publishable(model: Model) -> None:
-    """Raises:
-    ElitError: the published code has no such model.
+    """Checks that the published layout can hold a model.
+
+    Raises:
+        ElitError: the published code has no such model.
     """
     config = model.config
     reason = None
@@ -550,7 +552,7 @@ def convert(
 
 
 def _provenance(path: Path) -> dict[str, Any]:
-    """``args`` and ``steps`` of the file that a folder was converted from, where it was."""
+    """Reads ``args`` and ``steps`` of the file that a folder was converted from, if it was."""
     if not path.exists():
         return {}
     try:
