@@ -78,7 +78,7 @@ def test_info(run: Path) -> None:
     named = elit("info", "ELIT-SiT-XL/2", "--resolution", 512)
     assert named.returncode == 0
     assert "705.122 M parameters" not in named.stdout  # the window positions grow with the resolution
-    assert "16 windows of 8x8 tokens, 4 to 64 latents each (61 budgets)" in named.stdout
+    assert "16 windows of 8x8 tokens, 4 to 64 of 64 latents each (61 budgets)" in named.stdout
     own = elit("info", run)
     assert "3 blocks as 1-1-1 of width 16" in own.stdout
 

@@ -1,6 +1,6 @@
 """What an analysis is made of: a model, held-out data, and a classifier that judges samples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from elit.analysis import SweepConfig
-from elit.commands.info import SHOWN_BUDGETS
 from elit.commands.options import ModelOptions
 from elit.commands.processes import this_process
 from elit.commands.sample import PIXELS
@@ -18,7 +17,6 @@ from elit.data.autoencoder import decode, load_autoencoder
 from elit.errors import ElitError
 from elit.evaluation import Judge, Quality, train_classifier
 from elit.models import Model
-from elit.models.files import load
 from elit.seeding import generator, permutation
 
 SHOWN = 10  # samples in a row of a grid
@@ -81,7 +79,7 @@ def load_inputs(options: ModelOptions, data: str | None, autoencoder: str | None
         ElitError: one of them is not there, or they do not fit together.
     """
     process = this_process(options.device, options.threads or torch.get_num_threads())
-    model = load(options.model, weights=options.weights, device=str(process.device))
+    model = options.load_model(process.device)
     decoder = None
     if autoencoder:
         decoder = partial(decode, autoencoder=load_autoencoder(autoencoder, model.config.in_channels))
@@ -100,25 +98,8 @@ def load_inputs(options: ModelOptions, data: str | None, autoencoder: str | None
 
 
 def random_indices(data: Data, count: int) -> Tensor:
-    """Draws the indices of samples, always the same ones, because neighbours in a data set may be much alike."""
+    """SweepConfig the indices of samples, always the same ones, because neighbours in a data set may be much alike."""
     return permutation(generator("reference", "held-out images"), len(data))[:count]
-
-
-def resolve_budgets(model: Model, given: Sequence[float] | None) -> list[float]:
-    """Returns the budgets of the model's levels, or of those that given budgets mean, ascending, the highest added.
-
-    Raises:
-        ElitError: a budget outside (0, 1], or one that the model was not trained for.
-    """
-    if not model.levels:
-        return [1.0]
-    levels = model.levels if given is None else {model.level(None), *map(model.level, given)}
-    return [level / model.num_latents for level in sorted(levels)]
-
-
-def halved_budgets(model: Model) -> list[float]:
-    """Returns full budget, a half, a quarter and so on, down to the lowest level of the model."""
-    return [b for b in SHOWN_BUDGETS if not model.levels or b * model.num_latents >= model.levels[0]]
 
 
 def choose_samples(

@@ -7,10 +7,14 @@ command line, ``guidance_scale: 2`` in a YAML file.
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
+
 from elit.errors import ElitError
 from elit.flow import Guidance, StageSchedule
 from elit.flow.pyramid import THRESHOLD
 from elit.interface import Budget, BudgetByNoise
+from elit.models import Model
+from elit.models.files import load
 
 GuidanceKind = Literal["none", "cfg", "ccfg", "ag"]
 
@@ -35,12 +39,22 @@ class ModelOptions(DeviceOptions):
     Attributes:
         model: a run directory, a saved model, a published .pt file or a Hub id.
         weights: which weights of a run to take, the moving average (ema) or the raw ones.
+        untrained_levels: let budgets be used that the model was not trained for; what it then makes may mean nothing.
         path: the path between noise and data that the model was trained on.
     """
 
     model: str
     weights: Literal["ema", "raw"] = "ema"
+    untrained_levels: bool = False
     path: Literal["linear", "cosine"] = "linear"
+
+    def load_model(self, device: torch.device) -> Model:
+        """Loads the model onto a device.
+
+        Raises:
+            ElitError: it is not there, or damaged.
+        """
+        return load(self.model, weights=self.weights, device=device, untrained_levels=self.untrained_levels)
 
 
 @dataclass(kw_only=True)

@@ -27,7 +27,6 @@ from elit.errors import ElitError
 from elit.flow import sample
 from elit.launch import default_device
 from elit.models import Model
-from elit.models.files import load
 
 VIDEO = (".gif", ".mp4")
 PIXELS = (1, 3)  # channels of models that need no autoencoder
@@ -108,11 +107,7 @@ def sample_images(options: SampleOptions) -> Path:
     plan = None if options.plan is None else load_plan(options)
     arguments = options.sampler_arguments() | {"path": options.path} if plan is None else plan.arguments()
     process = None if options.is_one_file else this_process(options.device, options.threads)
-    model = load(
-        options.model,
-        weights=options.weights,
-        device=str(process.device if process else default_device(options.device)),
-    )
+    model = options.load_model(process.device if process else default_device(options.device))
     check_fit(options, model, plan)
     source = ImageSource(options, model, arguments)
     if process is None:
@@ -204,6 +199,8 @@ class ImageSource:
     def settings(self) -> dict[str, Any]:
         """Returns what decides the images, as plain values for JSON."""
         settings = {key: value for key, value in asdict(self.options).items() if key not in UNRECORDED}
+        if not self.options.untrained_levels:
+            del settings["untrained_levels"]  # it was no setting when the first folders were drawn
         if self.options.plan is not None:
             settings |= self.arguments
         guidance = self.arguments["guidance"]

@@ -20,7 +20,8 @@ from elit.commands.analyze.output import (
     short,
     write_results,
 )
-from elit.commands.inputs import Inputs, SampleCountOptions, choose_samples, load_inputs, resolve_budgets
+from elit.commands.budgets import resolve_budgets
+from elit.commands.inputs import Inputs, SampleCountOptions, choose_samples, load_inputs
 from elit.errors import ElitError
 from elit.evaluation import BudgetLoss, losses_by_budget
 from elit.flow import TimeDensity
@@ -44,9 +45,10 @@ class BudgetsOptions(SampleCountOptions, AnalysisGuidanceOptions, AnalysisOption
     steps: int = 20
 
     def __post_init__(self) -> None:
-        if min(self.batch_sizes, default=0) < 1 or self.repeats < 1:
+        if min(self.batch_sizes, default=0) < 1 or self.repeats < 2:  # quartiles need two
             raise ElitError(
-                f"batch_sizes and repeats must be at least 1, not {list(self.batch_sizes)} and {self.repeats}"
+                f"batch_sizes must be at least 1 and repeats at least 2, "
+                f"not {list(self.batch_sizes)} and {self.repeats}"
             )
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from elit.analysis import Flops, count_flops
 from elit.commands.analyze.output import FOLDER, load_plots, print_table, short, write_results
+from elit.commands.budgets import halved_budgets, resolve_budgets
 from elit.commands.info import read_shapes
-from elit.commands.inputs import halved_budgets, resolve_budgets
 
 
 @dataclass(kw_only=True)

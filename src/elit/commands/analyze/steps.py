@@ -18,7 +18,8 @@ from elit.commands.analyze.output import (
     sample_options,
     write_results,
 )
-from elit.commands.inputs import SampleCountOptions, choose_samples, halved_budgets, load_inputs, resolve_budgets
+from elit.commands.budgets import halved_budgets, resolve_budgets
+from elit.commands.inputs import SampleCountOptions, choose_samples, load_inputs
 from elit.errors import ElitError
 
 TOLERANCE = 1.1  # a setting whose distance is at most this times the best one is recommended for its cost
