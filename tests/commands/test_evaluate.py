@@ -28,7 +28,7 @@ from elit.data.pixels import to_uint8
 from elit.evaluation.classifier import Classifier, classify
 from elit.evaluation.frechet import frechet_distance, moments
 from elit.evaluation.metrics import precision_recall
-from elit.models.files import load_weights, read_tensors, write_tensors
+from elit.tensors import load_weights, read_tensors, write_tensors
 
 COUNT = 1300  # three shards
 NAME = "frechet_distance"

@@ -15,7 +15,7 @@ from elit import ElitError
 from elit.commands.evaluate import ExtractorOptions
 from elit.evaluation.classifier import Classifier
 from elit.evaluation.extractors import INCEPTION_FILE, Extractor, dinov2, inception, open_extractor
-from elit.models.files import write_tensors
+from elit.tensors import write_tensors
 
 fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
 

@@ -19,7 +19,8 @@ import elit
 from elit import ElitError
 from elit.interface import InterfaceConfig
 from elit.models import DiT, Model
-from elit.models.files import CONFIG, TRAINING, WEIGHTS, checkpoints, load_model, read_tensors, resolve, save_model
+from elit.models.files import CONFIG, TRAINING, WEIGHTS, checkpoints, load_model, resolve, save_model
+from elit.tensors import read_tensors
 from tests.helpers.models import PUBLISHED, inputs, tiny
 
 

@@ -16,14 +16,13 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import elit
+from elit.commands.convert import PROVENANCE, convert
 from elit.errors import ElitError
 from elit.interface import InterfaceConfig
 from elit.models import DFMConfig, DiT, DiTConfig, config_for
 from elit.models.files import save_model
 from elit.models.published import (
-    PROVENANCE,
     Checkpoint,
-    convert,
     load_published,
     read,
     recover_config,

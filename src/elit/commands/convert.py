@@ -1,10 +1,17 @@
 """`elit convert`: between the published checkpoints and our format."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from elit.models.published import convert
+from elit.atomic import atomic_folder
+from elit.errors import ElitError
+from elit.models.files import load_model, resolve, save_model
+from elit.models.published import describe, model_of, read, save_published
+
+PROVENANCE = "published.json"  # beside a converted model: the args and steps of the file it came from
 
 
 def convert_model(
@@ -28,3 +35,62 @@ def convert_model(
     """
     done = convert(source, target, num_heads=num_heads, head_depth=head_depth, tail_depth=tail_depth)
     Console(soft_wrap=True, highlight=False).print(done)
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    num_heads: int | None = None,
+    head_depth: int | None = None,
+    tail_depth: int | None = None,
+) -> str:
+    """Converts a published checkpoint into our format, or a model of ours into the published one, as ``source`` is.
+
+    The ``ema`` tensors of a file that is converted and converted back are those of the file, bit by bit, with ``args``
+    and ``steps`` (kept in ``published.json``); its raw weights, optimizer state and projectors are not.
+
+    Args:
+        source: a published ``.pt`` file; or a run directory, a saved model or a Hub id.
+        target: a new folder; or a new ``.pt`` file.
+        num_heads, head_depth, tail_depth: what a published file leaves open; see :func:`elit.load`.
+
+    Returns:
+        A sentence that says what was done.
+
+    Raises:
+        ElitError: a source that cannot be read or held by the other format, or a target that exists or is of the
+            wrong kind.
+    """
+    path = resolve(source)
+    if target.exists():
+        raise ElitError(f"{target} exists already; remove it or choose another name")
+    if path.is_file():
+        if target.suffix == ".pt":
+            raise ElitError(f"{source} is a published checkpoint already; give a folder to write our format to")
+        found = read(path)
+        model = model_of(found, num_heads, head_depth, tail_depth)
+        with atomic_folder(target) as folder:
+            save_model(model, folder)
+            provenance = {"args": vars(found.args), "steps": found.steps}
+            (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2, default=str, skipkeys=True) + "\n")
+        return f"wrote {describe(model)}, from {found.key} of the published checkpoint {source}, to {target}"
+
+    if target.suffix != ".pt":
+        raise ElitError(f"{source} is in our format already; give a .pt file to write the published format to")
+    if (num_heads, head_depth, tail_depth) != (None, None, None):
+        raise ElitError(f"{source} says its heads and depths itself; only for a published .pt file can they be given")
+    model = load_model(path)
+    save_published(model, target, **_provenance(path / PROVENANCE))
+    return f"wrote {describe(model)}, from {path}, to the published checkpoint {target}"
+
+
+def _provenance(path: Path) -> dict[str, Any]:
+    """Reads ``args`` and ``steps`` of the file that a folder was converted from, if it was."""
+    if not path.exists():
+        return {}
+    try:
+        told = json.loads(path.read_text())
+        return {"args": dict(told["args"]), "steps": int(told["steps"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ElitError(f"{path} is damaged; remove it to do without") from error

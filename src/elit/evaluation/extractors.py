@@ -20,7 +20,7 @@ from elit.data.remote import cache_folder
 from elit.digest import weights_digest
 from elit.errors import ElitError
 from elit.evaluation.classifier import Classifier, train_classifier
-from elit.models.files import load_weights, read_tensors, write_tensors
+from elit.tensors import load_weights, read_tensors, write_tensors
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 DINO = "facebook/dinov2-large"

@@ -20,7 +20,7 @@ from elit.evaluation.extractors import Extractor
 from elit.evaluation.frechet import Moments
 from elit.evaluation.image_set import ImageSet
 from elit.evaluation.statistics import RunningMoments
-from elit.models.files import read_tensors, write_tensors
+from elit.tensors import read_tensors, write_tensors
 
 SHARD, BATCH = 512, 32
 

@@ -2,20 +2,20 @@
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from elit import __version__
 from elit.atomic import atomic_file
+from elit.decode import decode
 from elit.errors import ElitError
 from elit.models.base import Model
 from elit.models.registry import ARCHITECTURES, model_class_of
+from elit.tensors import load_weights, read_tensors, write_tensors
 
 logger = logging.getLogger("elit")
 
@@ -71,120 +71,6 @@ def read_config(path: Path) -> Any:
     if not known:
         raise ElitError(f"{path} names the architecture {architecture!r}; known are {', '.join(ARCHITECTURES)}")
     return decode(ARCHITECTURES[architecture][1], described, path)
-
-
-def decode(config_class: type, values: dict[str, Any], source: Path, inside: str = "") -> Any:
-    """Builds a configuration dataclass from the values of a JSON file.
-
-    The values are only compared with the types of the fields: nothing in a file that others wrote can name something to
-    import or to call.
-
-    Args:
-        source: the file, for messages.
-        inside: the key of the file under which the values stand, for messages.
-
-    Raises:
-        ElitError: an unknown key, a value of another type, or values that the dataclass refuses.
-    """
-    types = get_type_hints(config_class)
-    unknown = sorted(values.keys() - {field.name for field in fields(config_class)})
-    if unknown:
-        raise ElitError(f"{source}: no key {inside}{unknown[0]} exists in a {config_class.__name__}")
-    decoded = {}
-    for name, value in values.items():
-        accepted, decoded[name] = _decode_value(types[name], value, source, f"{inside}{name}")
-        if not accepted:
-            wanted = types[name].__name__ if isinstance(types[name], type) else str(types[name]).replace("typing.", "")
-            raise ElitError(f"{source}: {inside}{name} is {value!r}; it must be of type {wanted}")
-    try:
-        return config_class(**decoded)
-    except (ElitError, ArithmeticError, TypeError, ValueError) as error:
-        raise ElitError(f"{source}: {error}") from error
-
-
-def _decode_value(wanted: Any, value: Any, source: Path, key: str) -> tuple[bool, Any]:
-    """Returns whether a value of JSON has a type, and it as that type."""
-    origin, arguments = get_origin(wanted), get_args(wanted)
-    if origin in (Union, UnionType):
-        attempts = (_decode_value(each, value, source, key) for each in arguments)
-        return next((attempt for attempt in attempts if attempt[0]), (False, None))
-    if origin is Literal:
-        return type(value) is str and value in arguments, value
-    if origin is tuple:
-        if not isinstance(value, list):
-            return False, None
-        each = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        items = [_decode_value(*pair, source, key) for pair in zip(each, value, strict=False)]
-        return len(each) == len(value) and all(accepted for accepted, _ in items), tuple(item for _, item in items)
-    if is_dataclass(wanted) and isinstance(wanted, type):
-        return (True, decode(wanted, value, source, f"{key}.")) if isinstance(value, dict) else (False, None)
-    if wanted is float and type(value) is int:
-        return True, float(value)
-    return type(value) is wanted, value
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads all tensors of a safetensors file.
-
-    Raises:
-        ElitError: it is missing or damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise ElitError(f"no weights: {path} does not exist") from error
-    except (SafetensorError, OSError) as error:
-        raise ElitError(f"{path} is damaged or not a safetensors file ({error}); copy or save it again") from error
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a safetensors file, whole or not at all.
-
-    Raises:
-        ElitError: the folder cannot be written, or the disk is full.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    with atomic_file(path) as temporary:
-        try:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"format": "pt"})
-        except SafetensorError as error:  # what it makes of an error of the system
-            raise ElitError(f"cannot write {path}: {error}") from error
-
-
-def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], source: object) -> None:
-    """Copies tensors into a model of exactly these names and shapes.
-
-    Raises:
-        ElitError: names the tensors that are missing, unexpected or of another shape.
-    """
-    check_fit(model.state_dict(), tensors, source)
-    model.load_state_dict(tensors)
-
-
-def check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: object) -> None:
-    """Checks that tensors have exactly the wanted names and shapes.
-
-    Raises:
-        ElitError: names the tensors that are missing, unexpected or of another shape.
-    """
-    want = {k: tuple(v.shape) for k, v in wanted.items()}
-    have = {k: tuple(v.shape) for k, v in tensors.items()}
-    wrong = [
-        f"{k} is {list(have[k])}, not {list(want[k])}" for k in sorted(want.keys() & have.keys()) if want[k] != have[k]
-    ]
-    for what, found in (
-        ("lacks", sorted(want.keys() - have.keys())),
-        ("has unexpected", sorted(have.keys() - want.keys())),
-        ("has wrong shapes:", wrong),
-    ):
-        if found:
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            raise ElitError(f"{source} does not fit the model: it {what} {', '.join(found[:3])}{more}")
 
 
 # ------------------------------------------------------------------------------------------------ finding them

@@ -4,7 +4,6 @@ Such a file is a pickled dict: ``ema`` and ``model`` (averaged and raw tensors b
 looked at), ``args`` (an ``argparse.Namespace``) and ``steps``. For users: docs/published-checkpoints.md.
 """
 
-import json
 import logging
 import math
 import pickle
@@ -19,20 +18,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from elit.atomic import atomic_file, atomic_folder
+from elit.atomic import atomic_file
 from elit.errors import ElitError
 from elit.interface import InterfaceConfig, triple
 from elit.interface.budget import valid_levels
 from elit.models.base import Model
 from elit.models.dfm import DFMConfig
 from elit.models.dit import DiTConfig
-from elit.models.files import check_fit, load_model, resolve, save_model
 from elit.models.registry import NAME, RELEASED_SPLITS, SIZES, build
 from elit.models.transformer import TransformerConfig
+from elit.tensors import check_fit
 
 logger = logging.getLogger("elit")
 
-PROVENANCE = "published.json"  # beside a converted model: the args and steps of the file it came from
 PROJECTORS = "projectors."  # heads of the REPA loss, of no use after training
 DOWNSAMPLE = 8  # pixels per latent of the autoencoder that the published code works with
 
@@ -398,10 +396,10 @@ def load_published(
         ElitError: see :func:`read` and :func:`recover_config`; or names the tensors that are missing, unexpected or
             of a wrong shape.
     """
-    return _model_of(read(Path(path), weights), num_heads, head_depth, tail_depth)
+    return model_of(read(Path(path), weights), num_heads, head_depth, tail_depth)
 
 
-def _model_of(found: Checkpoint, num_heads: int | None, head_depth: int | None, tail_depth: int | None) -> Model:
+def model_of(found: Checkpoint, num_heads: int | None, head_depth: int | None, tail_depth: int | None) -> Model:
     config = recover_config(found, num_heads, head_depth, tail_depth)
     # Built without memory, and given the mapped tensors themselves instead of copies: the weights are in memory once at
     # most, and their pages can be dropped again. Changing them (training) does not change the file: the map is private.
@@ -501,62 +499,3 @@ def check_publishable(model: Model) -> None:
 def _square(size: int | tuple[int, ...]) -> bool:
     frames, height, width = triple(size)
     return frames == 1 and height == width
-
-
-def convert(
-    source: Path,
-    target: Path,
-    *,
-    num_heads: int | None = None,
-    head_depth: int | None = None,
-    tail_depth: int | None = None,
-) -> str:
-    """Converts a published checkpoint into our format, or a model of ours into the published one, as ``source`` is.
-
-    The ``ema`` tensors of a file that is converted and converted back are those of the file, bit by bit, with ``args``
-    and ``steps`` (kept in ``published.json``); its raw weights, optimizer state and projectors are not.
-
-    Args:
-        source: a published ``.pt`` file; or a run directory, a saved model or a Hub id.
-        target: a new folder; or a new ``.pt`` file.
-        num_heads, head_depth, tail_depth: what a published file leaves open; see :func:`load_published`.
-
-    Returns:
-        A sentence that says what was done.
-
-    Raises:
-        ElitError: a source that cannot be read or held by the other format, or a target that exists or is of the
-            wrong kind.
-    """
-    path = resolve(source)
-    if target.exists():
-        raise ElitError(f"{target} exists already; remove it or choose another name")
-    if path.is_file():
-        if target.suffix == ".pt":
-            raise ElitError(f"{source} is a published checkpoint already; give a folder to write our format to")
-        found = read(path)
-        model = _model_of(found, num_heads, head_depth, tail_depth)
-        with atomic_folder(target) as folder:
-            save_model(model, folder)
-            provenance = {"args": vars(found.args), "steps": found.steps}
-            (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2, default=str, skipkeys=True) + "\n")
-        return f"wrote {describe(model)}, from {found.key} of the published checkpoint {source}, to {target}"
-
-    if target.suffix != ".pt":
-        raise ElitError(f"{source} is in our format already; give a .pt file to write the published format to")
-    if (num_heads, head_depth, tail_depth) != (None, None, None):
-        raise ElitError(f"{source} says its heads and depths itself; only for a published .pt file can they be given")
-    model = load_model(path)
-    save_published(model, target, **_provenance(path / PROVENANCE))
-    return f"wrote {describe(model)}, from {path}, to the published checkpoint {target}"
-
-
-def _provenance(path: Path) -> dict[str, Any]:
-    """Reads ``args`` and ``steps`` of the file that a folder was converted from, if it was."""
-    if not path.exists():
-        return {}
-    try:
-        told = json.loads(path.read_text())
-        return {"args": dict(told["args"]), "steps": int(told["steps"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ElitError(f"{path} is damaged; remove it to do without") from error

@@ -36,16 +36,8 @@ from torch.optim.swa_utils import AveragedModel
 from elit.atomic import atomic_file, atomic_folder
 from elit.errors import ElitError
 from elit.models import Model
-from elit.models.files import (
-    CONFIG,
-    TRAINING,
-    WEIGHTS,
-    check_fit,
-    checkpoints,
-    read_tensors,
-    save_model,
-    write_tensors,
-)
+from elit.models.files import CONFIG, TRAINING, WEIGHTS, checkpoints, save_model
+from elit.tensors import check_fit, read_tensors, write_tensors
 from elit.training.config import OptimizerConfig, TrainConfig
 from elit.training.optim import lr_factor
 from elit.training.parallelize import gather_full_tensors, shard_like
