@@ -1,12 +1,8 @@
 """`import elit` is light, and shows what the README shows."""
 
 import json
-import re
 import subprocess
 import sys
-from pathlib import Path
-
-import pytest
 
 import elit
 
@@ -28,21 +24,3 @@ def test_the_public_face() -> None:
     for name in elit.__all__:
         assert getattr(elit, name) is not None
     assert issubclass(elit.ElitError, ValueError)
-
-
-LAYERS = ["interface", "models", "flow", "evaluation", "analysis", "training", "commands"]
-IMPORT = re.compile(r"^\s*(?:from|import) elit\.(\w+)", re.MULTILINE)
-
-
-@pytest.mark.parametrize("package", [*LAYERS, "data"])
-def test_imports_point_down(package: str) -> None:
-    """A package uses those before it; what stands beside all of them (layers, conditions, seeding, ...) is free."""
-    above = ["cli", *(LAYERS if package == "data" else LAYERS[LAYERS.index(package) + 1 :])]
-    above += ["data"] if package in ("interface", "models", "flow") else []
-    wrong = [
-        f"{file.name} imports elit.{name}"
-        for file in (Path(elit.__file__).parent / package).rglob("*.py")
-        for name in IMPORT.findall(file.read_text())
-        if name in above
-    ]
-    assert wrong == []

@@ -180,15 +180,14 @@ def test_flops_of_plans_are_those_of_sampling(model: Model, guidance: Guidance, 
 
 
 def test_seconds_of_every_pair_of_levels(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
-    """Two terms at one level run as one batch: that pair costs what it does under cfg, not what the others do."""
+    """The terms of cfg run as one batch, and the weak term of ccfg as a forward of its own."""
     strong, weak, both = {1: 5.0, 2: 6.5, 4: 9.0}, {1: 1.0, 2: 1.5, 4: 3.0}, {1: 5.5, 2: 7.5, 4: 11.0}
     ways = [CFG, *(Guidance("ccfg", 2.0, level / 4) for level in strong)]
 
     def steps(timer: Any, guidance: Guidance | None, levels: Sequence[int]) -> list[float]:
-        if guidance is None:
-            return [strong[level] for level in levels]
-        of_weak = None if guidance.budget is None else int(4 * guidance.budget)
-        return [both[each] if of_weak in (None, each) else strong[each] + weak[of_weak] for each in levels]
+        if guidance is None or guidance.budget is None:
+            return [(strong if guidance is None else both)[level] for level in levels]
+        return [strong[level] + weak[int(4 * guidance.budget)] for level in levels]
 
     monkeypatch.setattr(calibrating._StepTimer, "_steps", steps)
     timer = calibrating._StepTimer(calibrating._Samples(model, LABELS, 1, "linear"))

@@ -345,26 +345,16 @@ class _StepTimer:
     def measure(self, ways: Sequence[Guidance | None], levels: Sequence[int]) -> tuple[list[float], list[list[float]]]:
         """Times a step without guidance (levels,), and with each way to guide (ways, levels): medians of rounds.
 
-        The first way is timed at every level. The others, ``ccfg`` beside ``cfg``, are timed at one level of the strong
-        term, for what a weak term adds is the same at each. An exception are two terms at one level, which run their
-        core as one batch: there ``ccfg`` does exactly what ``cfg`` does.
+        The first way is timed at every level. The others, ``ccfg`` beside ``cfg``, are timed at the lowest level of the
+        strong term alone: their weak term is a forward of its own, which takes what it takes beside any strong term.
         """
-        guided = [None if way is None else replace(way, interval=(0.0, 1.0)) for way in ways]
-        rows: list[tuple[Guidance | None, Sequence[int]]] = [(None, levels)]
-        for i, way in enumerate(guided):
-            others = [level for level in levels if way is None or level != weak_level(self.model, way)]
-            rows.append((way, levels if i == 0 or not others else others[:1]))
+        always = [None if way is None else replace(way, interval=(0.0, 1.0)) for way in ways]
+        rows = [(None, levels), (always[0], levels), *((way, levels[:1]) for way in always[1:])]
         turns = [[self._steps(*row) for row in rows] for _ in range(TIMING_ROUNDS + 1)][1:]  # the first warms up
-        plain, first, *rest = [
+        plain, first, *others = [
             [statistics.median(seconds) for seconds in zip(*of_row, strict=True)] for of_row in zip(*turns, strict=True)
         ]
-
-        def whole(way: Guidance | None, timed: Sequence[int], seconds: list[float]) -> list[float]:
-            added = seconds[0] - plain[levels.index(timed[0])]
-            weak = None if way is None else weak_level(self.model, way)
-            return [first[i] if level == weak else plain[i] + added for i, level in enumerate(levels)]
-
-        return plain, [first, *(whole(*row, seconds) for row, seconds in zip(rows[2:], rest, strict=True))]
+        return plain, [first, *([seconds + lowest - plain[0] for seconds in plain] for (lowest,) in others)]
 
     def _steps(self, guidance: Guidance | None, levels: Sequence[int]) -> list[float]:
         """Returns the seconds of one step at each level, after one that does not count."""
