@@ -182,6 +182,25 @@ def test_what_does_not_move_in_a_step_stays_as_it_is(solver: str) -> None:
     assert after[2].isfinite() and after[2] != x[2]
 
 
+def test_the_sde_adds_no_noise_to_what_a_step_brings_to_the_data() -> None:
+    """As the last step of a plain model does, so does that of a stage of a pyramid that is done before the others."""
+    start, end = torch.tensor([0.25, 0.25]).double(), torch.tensor([0.0, 0.125]).double()
+    x, v, path = torch.randn(2, dtype=torch.float64), torch.randn(2, dtype=torch.float64), PATHS["linear"]
+
+    def stepped(noise: float, is_last: bool) -> Tensor:
+        moments = (Moment(at, at.float(), at) for at in (start, end))
+        solving = SOLVERS["sde"].step(x, Step(*moments, is_last, path, lambda: torch.full_like(x, noise)))
+        next(solving)
+        with pytest.raises(StopIteration) as done:
+            solving.send(v)
+        return done.value.value
+
+    quiet, noisy, last = stepped(0.0, False), stepped(1.0, False), stepped(1.0, True)
+    assert torch.equal(last, quiet)
+    assert noisy[0] == quiet[0]
+    assert noisy[1].item() == pytest.approx(quiet[1].item() + math.sqrt(2 * 0.25 * 0.125))
+
+
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 @pytest.mark.parametrize("steps", [1, 3, 40])
 def test_times_are_equal_steps_from_noise_to_data(solver: str, steps: int) -> None:

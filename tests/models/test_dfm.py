@@ -156,6 +156,33 @@ def test_stages_begin_one_after_the_other() -> None:
     assert states[-1].t.shape == (1, 3) and not states[-1].t.any()
 
 
+@pytest.mark.parametrize("guidance", [None, elit.Guidance("ccfg", 2.0)])
+@pytest.mark.parametrize("solver", ["euler", "heun", "sde"])
+def test_a_stage_may_be_done_before_the_next_begins(solver: str, guidance: elit.Guidance | None) -> None:
+    """A threshold of 0: there is no score where a stage is data, and it stays as it is from there on."""
+    model, states = model_of(stages=2, **ELASTIC), []
+    schedule = StageSchedule([3, 3], [0.0])
+    told: dict[str, Any] = {"steps": schedule, "solver": solver, "guidance": guidance}
+    images = elit.sample(model, [0, 1], callback=states.append, **told)
+    assert images.isfinite().all()
+    coarse = [info.x[:, : 3 * 8 * 8] for info in states]
+    assert not torch.equal(coarse[1], coarse[2])
+    assert torch.equal(coarse[2], coarse[3]) and torch.equal(coarse[2], coarse[5])
+
+
+def test_stages_that_wait_are_given_to_the_model_as_zeros() -> None:
+    model, seen = model_of(), []
+    encode = model.encode
+
+    def watched(x: list[Tensor], t: Tensor, y: Tensor | None = None) -> Any:
+        seen.append([bool(stage.any()) for stage in x])
+        return encode(x, t, y)
+
+    model.encode = watched
+    elit.sample(model, [0], steps=StageSchedule([2, 1, 3], [0.2, 0.1]))
+    assert seen == [[True, False, False]] * 2 + [[True, True, False]] + [[True, True, True]] * 3
+
+
 def test_budget_by_noise() -> None:
     model, noise = model_of(**ELASTIC), []
     elit.sample(model, [0], steps=6, budget=lambda t: noise.append(t) or 1.0)

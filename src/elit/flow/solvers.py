@@ -77,16 +77,17 @@ def heun(x: Tensor, step: Step) -> StepGenerator:
 def euler_maruyama(x: Tensor, step: Step) -> StepGenerator:
     """Takes one step of the reverse SDE with diffusion 2 sigma(t) (SiT, Eq. 5).
 
-    The drift is ``v - sigma * score``, and the noise has the standard deviation ``sqrt(2 sigma |dt|)``. The last step
-    adds no noise. What does not move in a step (a stage of a pyramid that is done) stays as it is: at t = 0 there is no
-    score.
+    The drift is ``v - sigma * score``, and the noise has the standard deviation ``sqrt(2 sigma |dt|)``. What a step
+    brings to the data, at t = 0, takes no noise. What does not move in a step (a stage of a pyramid that is done) stays
+    as it is: at t = 0 there is no score.
     """
     v = yield x, step.start
     t, dt, path = step.start.state, step.dt, step.path
     sigma = path.sigma(t)
     moved = x + dt * (v - sigma * score(path, x, v, t))
     if not step.is_last:
-        moved = moved + (2 * sigma * dt.abs()).sqrt() * step.noise()
+        spread = torch.where(step.end.state > 0, (2 * sigma * dt.abs()).sqrt(), 0.0)
+        moved = moved + spread * step.noise()
     return torch.where(dt == 0, x, moved)
 
 
