@@ -9,6 +9,7 @@ from torch import Tensor
 import elit
 from elit import ElitError, Guidance
 from elit.flow import SOLVERS, StepInfo, time_grid
+from elit.flow.solvers import Moment, Solver, Step, StepGenerator
 from elit.interface import InterfaceConfig
 from elit.seeding import generator, normal
 from tests.helpers.models import Recorder, tiny
@@ -196,6 +197,48 @@ def test_nothing_is_kept_for_gradients() -> None:
     model = tiny()
     assert not elit.sample(model, [1], steps=2).requires_grad
     assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_samples_are_ordinary_tensors() -> None:
+    """One may change them in place and learn through them."""
+    x = elit.sample(tiny(), [1, 2], steps=2)
+    assert not x.is_inference()
+    x += 1
+    x.requires_grad_()
+    weight = torch.ones(3, 1, 1, requires_grad=True)
+    (x * weight).square().mean().backward()
+    assert x.grad is not None and x.grad.any()
+    assert weight.grad is not None and weight.grad.any()
+    model = tiny()
+    (state,) = elit.trajectories(model, [1], steps=2)
+    elit.advance(model, [state])
+    state.x += 1  # a state too
+    assert not state.x.is_inference()
+
+
+def test_a_solver_that_a_user_adds_works_as_the_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def midpoint(x: Tensor, step: Step) -> StepGenerator:
+        v = yield x, step.start
+        middle = Moment(*((a + b) / 2 for a, b in zip(step.start, step.end, strict=True)))
+        v = yield x + step.dt / 2 * v, middle
+        return x + step.dt * v
+
+    monkeypatch.setitem(SOLVERS, "midpoint", Solver(midpoint, evaluations=2))
+    model = Recorder(lambda x, t, y, budget: x * t.view(-1, 1, 1, 1))
+    noise = torch.randn(2, *model.input_shape())
+    end = elit.sample(model, [0, 1], noise=noise, steps=2, solver="midpoint")
+    factor = 1.0
+    for t in (1.0, 0.5):  # a step of -1/2: half of it by the slope t, then all of it by that of the middle
+        factor *= 1 - 0.5 * (t - 0.25) * (1 - 0.25 * t)
+    torch.testing.assert_close(end, noise * factor, rtol=1e-6, atol=0)  # float32 velocities
+    assert [call.t.tolist() for call in model.calls] == [[t, t] for t in (1.0, 0.75, 0.5, 0.25)]
+    options = {"solver": "midpoint", "guidance": Guidance("ccfg", 2.0), "budget": torch.tensor([0.5] * 3 + [1.0] * 4)}
+    together = sample(LABELS, SEEDS, **options)
+    assert (together - sample(LABELS, SEEDS, **(options | {"solver": "heun"}))).abs().max() > 1e-3
+    alone = sample(LABELS[2:3], SEEDS[2:3], **(options | {"budget": 0.5}))
+    torch.testing.assert_close(alone, together[2:3], rtol=0, atol=ROUNDING)
+    with pytest.raises(ElitError, match="there are euler, heun, sde, midpoint"):
+        sample([1], [1], solver="rk4")
 
 
 def test_every_level_is_sampled_at_its_budget() -> None:
