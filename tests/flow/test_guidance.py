@@ -87,9 +87,9 @@ def evaluations(**options: Any) -> list[tuple[float, int, dict[int, int]]]:
     return [(round(call.t[0].item(), 6), len(call.x), dict(Counter(call.levels))) for call in model.calls]
 
 
-def test_terms_are_one_batch_and_autoguidance_is_encoded_once() -> None:
+def test_terms_of_cfg_are_one_batch_those_of_ag_are_encoded_once_and_ccfg_is_two_calls() -> None:
     assert evaluations(steps=1, guidance=Guidance("cfg", 2.0), budget=0.5) == [(1.0, 16, {8: 16})]
-    assert evaluations(steps=1, guidance=Guidance("ccfg", 2.0), budget=0.5) == [(1.0, 16, {8: 8, 1: 8})]
+    assert evaluations(steps=1, guidance=Guidance("ccfg", 2.0), budget=0.5) == [(1.0, 8, {8: 8}), (1.0, 8, {1: 8})]
     assert evaluations(steps=1, guidance=Guidance("ag", 2.0, 0.25)) == [(1.0, 8, {16: 8, 4: 8})]
 
 
@@ -135,7 +135,7 @@ def test_every_step_has_its_own_budget() -> None:
 
 def test_budgets_of_both_terms_go_their_own_ways() -> None:
     calls = evaluations(steps=2, budget=[0.5, 1.0], guidance=Guidance("ccfg", 2.0, budget=0.25))
-    assert calls == [(1.0, 16, {8: 8, 4: 8}), (0.5, 16, {16: 8, 4: 8})]
+    assert calls == [(1.0, 8, {8: 8}), (1.0, 8, {4: 8}), (0.5, 8, {16: 8}), (0.5, 8, {4: 8})]
     calls = evaluations(steps=2, budget=[0.5, 1.0], guidance=Guidance("cfg", 2.0))
     assert calls == [(1.0, 16, {8: 16}), (0.5, 16, {16: 16})]
 
