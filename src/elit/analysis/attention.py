@@ -1,4 +1,4 @@
-"""Where the latents look: Read attention over the image, beside the flow-matching loss of every token."""
+"""Shows where the latents look: the attention of Read over the image, beside the flow-matching loss of every token."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from elit.models import Model
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """Of images at one noise level, weights averaged over heads. B images, J~ latents, h x w tokens.
+    """What the latents look at in images at one noise level, averaged over heads: B images, J~ latents, h x w tokens.
 
     Attributes:
         latents: attention that each token receives from each latent of its window, scaled so that 1 is an even share:
@@ -34,7 +34,7 @@ class AttentionMaps:
 
     @property
     def attention(self) -> Tensor:
-        """Averaged over latents: (B, h, w)."""
+        """The attention that each token receives, averaged over latents: (B, h, w)."""
         return self.latents.mean(1)
 
 
@@ -48,7 +48,13 @@ def attention_maps(
     budget: float | None = None,
     path: str = "linear",
 ) -> AttentionMaps:
-    """Read attention and loss per token, for images x (B, C, H, W) with conditions y and noise at time t.
+    """Records the attention of Read and the loss of each token for noisy images.
+
+    Args:
+        x: images (B, C, H, W), with conditions y.
+        t: noise level of all of them, with ``noise`` like x.
+        budget: fraction of the latents; None is all.
+        path: the path that the model was trained on.
 
     The weights come from the modules that attend, out of their own inputs.
 
@@ -87,7 +93,7 @@ def mean_maps(
     budget: float | None = None,
     path: str = "linear",
 ) -> AttentionMaps:
-    """:func:`attention_maps` averaged over noises (M, B, C, H, W)."""
+    """Averages :func:`attention_maps` over noises (M, B, C, H, W)."""
     maps = [attention_maps(model, x, y, t, noise, budget, path) for noise in noises]
     latents, entropy, loss = (
         torch.stack([getattr(each, name) for each in maps]).mean(0) for name in ("latents", "entropy", "loss")
@@ -97,7 +103,7 @@ def mean_maps(
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean over images, and the half-width of its 95 % interval (normal: 1.96 standard errors)."""
+    """A mean over images, and the half-width of its 95 % interval (normal: 1.96 standard errors)."""
 
     mean: float
     half_width: float
@@ -119,7 +125,7 @@ class AttentionCorrelations:
 
 
 def correlate(maps: AttentionMaps) -> AttentionCorrelations:
-    """What the maps of B > 1 different images say."""
+    """Correlates attention with loss within each of B > 1 different images."""
     attention, loss = maps.attention, maps.loss.flatten(1)
     same, another = (rank_correlation(each.flatten(1), loss) for each in (attention, attention.roll(1, 0)))
     index = torch.arange(maps.entropy.shape[1], device=maps.entropy.device).expand_as(maps.entropy)
@@ -132,7 +138,10 @@ def _interval(values: Tensor) -> Interval:
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's correlation of each row of (B, N) with the same row of another: (B,). Ties share their mean rank."""
+    """Computes Spearman's correlation of each row of (B, N) with the same row of another: (B,).
+
+    Ties share their mean rank.
+    """
     rank_a, rank_b = _ranks(a), _ranks(b)
     return F.cosine_similarity(rank_a - rank_a.mean(1, keepdim=True), rank_b - rank_b.mean(1, keepdim=True), dim=1)
 

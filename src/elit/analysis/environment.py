@@ -1,4 +1,4 @@
-"""What computed a number, and when: it stands beside every result."""
+"""Describes what computed a number, and when; it stands beside every result."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from elit import __version__
 
 
 def environment() -> dict[str, Any]:
-    """Date, versions, processor and GPU."""
+    """Returns the date, versions, processor and GPU."""
     return {
         "date": date.today().isoformat(),
         "elit": __version__,

@@ -34,7 +34,7 @@ STYLE: Any = {
 
 
 def budget_label(budget: float) -> str:
-    """``1/16`` for 0.0625, ``1`` for 1.0, otherwise up to three digits."""
+    """Writes a budget as ``1/16`` for 0.0625, ``1`` for 1.0, otherwise up to three digits."""
     inverse = 1 / budget
     if abs(inverse - round(inverse)) < 1e-9:
         return "1" if round(inverse) == 1 else f"1/{round(inverse)}"
@@ -53,7 +53,7 @@ HALVES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
 
 def _budget_axis(axes: Axes, budgets: Sequence[float]) -> None:
-    """Ticks at all of a few budgets, of many at the halves of full budget."""
+    """Puts ticks at all of a few budgets, and of many at the halves of full budget."""
     shown = budgets if len(budgets) <= 6 else [b for b in budgets if b in HALVES]
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(shown), [budget_label(b) for b in shown])
@@ -63,7 +63,7 @@ def _budget_axis(axes: Axes, budgets: Sequence[float]) -> None:
 
 @mpl.rc_context(STYLE)
 def plot_cost(budgets: Sequence[float], series: Mapping[str, Sequence[float]]) -> Figure:
-    """Cost relative to full budget, one line per measure."""
+    """Draws cost relative to full budget, one line per measure."""
     figure, axes = plt.subplots(figsize=(5, 3.4))
     for (name, values), (colour, marker) in zip(series.items(), cycle(STYLES), strict=False):
         axes.plot(budgets, values, color=colour, marker=marker, label=name)
@@ -76,7 +76,7 @@ def plot_cost(budgets: Sequence[float], series: Mapping[str, Sequence[float]]) -
 
 @mpl.rc_context(STYLE)
 def plot_loss(budgets: Sequence[float], excess: Sequence[float], errors: Sequence[float]) -> Figure:
-    """Held-out loss above that of full budget, with 95 % intervals."""
+    """Draws the held-out loss above that of full budget, with 95 % intervals."""
     figure, axes = plt.subplots(figsize=(5, 3.4))
     axes.errorbar(budgets, excess, yerr=[1.96 * e for e in errors], color=BLUE, marker="o", capsize=3)
     axes.axhline(0, color=GREY, linewidth=0.8)
@@ -92,7 +92,7 @@ def plot_quality(
     ylabel: str,
     front: Sequence[tuple[float, float]] = (),
 ) -> Figure:
-    """Quality against cost: (GFLOPs per image, value) points per series, with horizontal references.
+    """Draws quality against cost: (GFLOPs per image, value) points per series, with horizontal references.
 
     Args:
         front: points of the Pareto front, joined by a broad line.
@@ -114,7 +114,7 @@ def plot_quality(
 
 @mpl.rc_context(STYLE)
 def plot_scales(series: Mapping[str, Sequence[tuple[float, float]]], unguided: float, ylabel: str) -> Figure:
-    """A measure against the guidance scale: (scale, value) points per kind, and a line for no guidance."""
+    """Draws a measure against the guidance scale: (scale, value) points per kind, and a line for no guidance."""
     figure, axes = plt.subplots(figsize=(5, 3.4))
     for (name, points), (colour, marker) in zip(series.items(), cycle(STYLES), strict=False):
         axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=name)
@@ -128,7 +128,7 @@ def plot_scales(series: Mapping[str, Sequence[tuple[float, float]]], unguided: f
 
 @mpl.rc_context(STYLE)
 def plot_parts(budgets: Sequence[float], parts: Mapping[str, Sequence[float]], unit: str) -> Figure:
-    """Stacked bars: what each part of a forward costs at each budget."""
+    """Draws stacked bars of what each part of a forward costs at each budget."""
     figure, axes = plt.subplots(figsize=(5, 3.4))
     shades = dict(zip(parts, mpl.colormaps["cividis"](np.linspace(0, 1, len(parts))), strict=True))
     bottom = np.zeros(len(budgets))
@@ -147,7 +147,7 @@ def plot_parts(budgets: Sequence[float], parts: Mapping[str, Sequence[float]], u
 
 @mpl.rc_context(STYLE | {"axes.grid": False})
 def plot_image_table(images: Sequence[Sequence[Tensor]], columns: Sequence[str], title: str) -> Figure:
-    """Grey or RGB images (C, H, W) in [-1, 1]: one column per heading."""
+    """Shows grey or RGB images (C, H, W) in [-1, 1]: one column per heading."""
     rows = len(images)
     size = (0.9 * len(columns), 0.9 * rows + 0.55)
     figure, axes = plt.subplots(rows, len(columns), figsize=size, squeeze=False)
@@ -163,7 +163,7 @@ def plot_image_table(images: Sequence[Sequence[Tensor]], columns: Sequence[str],
 
 @mpl.rc_context(STYLE | {"axes.grid": False})
 def plot_overview(rows: Sequence[Sequence[Tensor]], labels: Sequence[str]) -> Figure:
-    """Images (C, H, W) in [-1, 1]: one labelled row per budget, or whatever else differs."""
+    """Shows images (C, H, W) in [-1, 1]: one labelled row per budget, or whatever else differs."""
     gap = max(1, rows[0][0].shape[-1] // 24)
     tiles = [torch.stack([F.pad(image, (gap, 0, gap, 0), value=1.0) for image in row]) for row in rows]
     picture = torch.cat([torch.cat(tuple(row), dim=2) for row in tiles], dim=1)  # one picture: axes are slow
@@ -181,7 +181,7 @@ def plot_overview(rows: Sequence[Sequence[Tensor]], labels: Sequence[str]) -> Fi
 def plot_attention(
     images: Tensor, attention: Tensor, loss: Tensor, correlations: Mapping[str, tuple[float, float]]
 ) -> Figure:
-    """Image, Read attention and loss per token of a few images, beside mean rank correlations with 95 % half-widths."""
+    """Shows a few images with Read attention and loss per token, beside mean rank correlations with 95 % half-widths."""
     count = len(images)
     figure = plt.figure(figsize=(1.05 * count + 3.4, 3.4))
     halves = figure.add_gridspec(1, 2, width_ratios=[1.05 * count, 2.2], wspace=0.25)
@@ -208,7 +208,7 @@ def plot_attention(
 
 @mpl.rc_context(STYLE | {"axes.grid": False})
 def plot_maps(rows: Sequence[tuple[str, Tensor, Sequence[Tensor]]], columns: Sequence[str]) -> Figure:
-    """An image (C, H, W) and maps (h, w) in each labelled row; each map has its own range, dark is low."""
+    """Shows an image (C, H, W) and maps (h, w) in each labelled row; each map has its own range, dark is low."""
     figure, cells = plt.subplots(len(rows), len(columns), figsize=(len(columns), 1.02 * len(rows)), squeeze=False)
     for (label, image, maps), line in zip(rows, cells, strict=True):
         _show(line[0], image)
@@ -225,7 +225,7 @@ def plot_maps(rows: Sequence[tuple[str, Tensor, Sequence[Tensor]]], columns: Seq
 
 @mpl.rc_context(STYLE)
 def plot_correlations(times: Sequence[float], series: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
-    """Rank correlations (mean, half-width of the interval) against the noise level."""
+    """Draws rank correlations (mean, half-width of the interval) against the noise level."""
     figure, axes = plt.subplots(figsize=(5, 3.4))
     for (name, points), (colour, marker) in zip(series.items(), cycle(STYLES), strict=False):
         means, widths = zip(*points, strict=True)
@@ -240,7 +240,7 @@ def plot_correlations(times: Sequence[float], series: Mapping[str, Sequence[tupl
 
 @mpl.rc_context(STYLE)
 def plot_plan(schedules: Mapping[str, Sequence[float]]) -> Figure:
-    """Budgets of equal steps from noise to data, one staircase per schedule."""
+    """Draws budgets of equal steps from noise to data, one staircase per schedule."""
     figure, axes = plt.subplots(figsize=(5.5, 3.4))
     for (name, budgets), (colour, _), dash in zip(schedules.items(), STYLES, ("-", "--", ":", "-."), strict=False):
         times = [1 - step / len(budgets) for step in range(len(budgets) + 1)]
