@@ -13,10 +13,7 @@ from elit.flow import SOLVERS, StepInfo
 from tests.helpers.models import Recorder, inputs
 from tests.helpers.stacks import KINDS
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
+pytestmark = pytest.mark.cuda
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 # float32 on both sides, without TF32: 6e-8 a rounding, through some ten blocks of sums over up to 128 products.

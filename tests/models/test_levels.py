@@ -218,7 +218,12 @@ def test_the_curious_may_run_what_was_not_trained(tmp_path: Path) -> None:
     assert curious.levels == tuple(range(1, 17))
     x, t, y = inputs(model, 2)
     assert torch.equal(curious(x, t, y, 1 / 16), model(x, t, y, num_latents=1))
-    assert curious.config == model.config  # what was trained is still known
+    assert curious.config == model.config  # what was trained is still known, and what stands for "no budget given"
+    assert weak_level(curious, Guidance("ag")) == 4
+    curious.save_pretrained(tmp_path / "again")
+    assert "trained with 4 and 16 of 16" in (tmp_path / "again" / "README.md").read_text()
+    some_trained = trained_at(4, 8).allow_untrained_levels()
+    assert (some_trained.level(None), some_trained.level(1.0)) == (8, 16)
     merged = backbone("ELIT-HDiT", input_size=16, interface=InterfaceConfig(4, levels=(8, 16)))
     assert merged.allow_untrained_levels().levels == (4, 8, 12, 16)  # what is possible at all
     assert tiny(interface=None).allow_untrained_levels().levels == ()

@@ -71,8 +71,8 @@ def weak_level(model: Model, guidance: Guidance) -> int | None:
         raise ElitError(f"{guidance.kind} needs a class to drop, and this model has none; take ag")
     if guidance.kind == "cfg":
         return None
-    if not model.levels:
+    if model.interface is None:
         raise ElitError(f"{guidance.kind} needs a model with a latent interface; take cfg")
     if guidance.kind == "ag" and len(model.levels) == 1:
         raise ElitError("ag needs a lower budget for its weak term, and this model was trained with one budget alone")
-    return model.levels[0] if guidance.budget is None else model.level(guidance.budget)
+    return model.interface.trained_levels[0] if guidance.budget is None else model.level(guidance.budget)

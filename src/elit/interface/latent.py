@@ -135,7 +135,8 @@ class LatentInterface(nn.Module):
         self.rope_theta = rope_theta
         self.num_latents = self.grid.window_tokens
         self.level_step = level_step
-        self.levels = valid_levels(self.num_latents, config.min_latents, level_step, config.levels)
+        self.trained_levels = valid_levels(self.num_latents, config.min_latents, level_step, config.levels)
+        self.levels = self.trained_levels
 
         self.latents = nn.Parameter(torch.empty(self.num_latents, width))
         self.read_layer = Read(width, num_heads, config.variant)
@@ -168,8 +169,10 @@ class LatentInterface(nn.Module):
         self.levels = valid_levels(self.num_latents, self.level_step, self.level_step)
 
     def level(self, budget: float | None) -> int:
-        """Turns a budget in (0, 1] into the nearest trained level; None is the highest one."""
-        return self.levels[-1] if budget is None else to_level(budget, self.levels, self.num_latents, self.published)
+        """Turns a budget in (0, 1] into the nearest level; None is the highest one that was trained."""
+        if budget is None:
+            return self.trained_levels[-1]
+        return to_level(budget, self.levels, self.num_latents, self.published)
 
     def grid_of(self, size: Triple) -> TokenGrid:
         """Returns the windows of a token grid, which may differ from the grid that the interface was built for.

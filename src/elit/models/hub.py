@@ -35,8 +35,9 @@ class HubModel(PyTorchModelHubMixin, library_name="elit"):
         """Writes the card that is saved beside the weights, for the author to complete."""
         model: Any = self
         elastic = "no latent interface"
-        if model.levels:
-            elastic = f"trained with {listed(model.levels)} of {model.num_latents} latents a window"
+        if model.interface is not None:
+            levels = listed(model.interface.trained_levels)
+            elastic = f"trained with {levels} of {model.num_latents} latents a window"
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         labels = "labels=[0, 1], " if model.config.num_classes else ""
         return ModelCard(CARD.format(name=type(self).__name__, millions=millions, elastic=elastic, labels=labels))
