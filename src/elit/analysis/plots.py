@@ -181,7 +181,7 @@ def plot_overview(rows: Sequence[Sequence[Tensor]], labels: Sequence[str]) -> Fi
 def plot_attention(
     images: Tensor, attention: Tensor, loss: Tensor, correlations: Mapping[str, tuple[float, float]]
 ) -> Figure:
-    """Shows a few images with Read attention and loss per token, beside mean rank correlations with 95 % half-widths."""
+    """Shows images with Read attention and loss per token, beside mean rank correlations with 95 % half-widths."""
     count = len(images)
     figure = plt.figure(figsize=(1.05 * count + 3.4, 3.4))
     halves = figure.add_gridspec(1, 2, width_ratios=[1.05 * count, 2.2], wspace=0.25)
