@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from elit import ElitError, load
+from elit.cli import main
 from elit.data.captions import WordVectors
 from elit.data.pixels import to_uint8
 from elit.flow import StageSchedule, sample
@@ -114,3 +115,15 @@ def test_prompts_that_do_not_fit(of_text: str, clips: str, tmp_path: Path) -> No
         draw(of_text, tmp_path / "x.png", 1, steps=2)
     with pytest.raises(ElitError, match="the model is conditioned by labels, not by text"):
         draw(clips, tmp_path / "x.gif", 1, prompts=["a"], steps=2)
+
+
+def test_an_error_of_the_network_is_not_one_of_the_file(
+    clips: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lose_connection(*_: object, **__: object) -> None:
+        raise ConnectionResetError("Connection reset by peer")
+
+    monkeypatch.setattr("elit.commands.sample.sample", lose_connection)
+    assert main(["sample", "--model", clips, "--out", str(tmp_path / "clips.gif")]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "elit: Connection reset by peer"
+    assert not list(tmp_path.glob("*.gif"))

@@ -1,8 +1,9 @@
-"""Any number of images into a folder: each a function of its index, drawn by any number of processes, in any order.
+"""Sampling any number of images into a folder, by any number of processes, in any order.
 
-Indices are drawn in pieces of ``batch_size``: piece c is indices [c * B, (c + 1) * B), always whole, even where fewer
-are wanted. So an image always meets the same kernels at the same place of the same batch, and its bytes do not depend
-on who draws it, when, or after which interruption. The batch size is therefore one of the settings of a folder.
+Each image is a function of its index alone. Indices are drawn in pieces of ``batch_size``: piece c is the indices
+[c * B, (c + 1) * B), always whole, even where fewer are wanted. So an image always meets the same kernels at the same
+place of the same batch, and its bytes do not depend on who draws it, when, or after which interruption. The batch size
+is therefore one of the settings of a folder.
 """
 
 import io
@@ -28,13 +29,13 @@ from elit.seeding import derive_seed
 
 Labels = Literal["balanced", "random"] | list[int]
 Format = Literal["png", "npz", "both"]
-SETTINGS, ARCHIVE, LOCK = "settings.json", "samples.npz", ".lock"
+SETTINGS_FILE, ARCHIVE_FILE, LOCK_FILE = "settings.json", "samples.npz", ".lock"
 COUNT = "num_images"  # the one setting that may change: a folder can be extended
 LISTS = ("labels", "prompts")  # these may grow with it
 
 
 def label_of(index: int, labels: Labels, num_classes: int, seed: int) -> int:
-    """The class of an image: in turn, drawn from (seed, index), or listed (repeated where a piece goes beyond)."""
+    """Returns the class of an image: in turn, drawn from (seed, index), or listed (repeated beyond the list)."""
     if labels == "balanced":
         return index % num_classes
     if labels == "random":
@@ -42,17 +43,17 @@ def label_of(index: int, labels: Labels, num_classes: int, seed: int) -> int:
     return int(labels[index % len(labels)])
 
 
-def claim(folder: Path, settings: dict[str, Any]) -> None:
+def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Writes the settings of a new folder, or compares them with those of an old one.
 
     Raises:
         ElitError: names the first setting that differs, or the folder holds something else.
     """
-    path, larger = folder / SETTINGS, settings
-    with file_lock(folder / LOCK):
+    path, larger = folder / SETTINGS_FILE, settings
+    with file_lock(folder / LOCK_FILE):
         empty = all(p.name.startswith(".") or p == path for p in folder.iterdir())
         if not path.exists() and not empty:
-            raise ElitError(f"{folder} is not empty and has no {SETTINGS}; sample into a new folder")
+            raise ElitError(f"{folder} is not empty and has no {SETTINGS_FILE}; sample into a new folder")
         if path.exists() and not empty:  # settings without an image may have been refused: others may take the place
             try:
                 old = json.loads(path.read_text())
@@ -71,7 +72,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _agree(old: dict[str, Any], new: dict[str, Any], key: str, count: int) -> bool:
-    """Whether a setting is the same; of lists, whether the images that both have get the same of it."""
+    """Tells whether a setting is the same; a list is, where it says the same of the first ``count`` images."""
     a, b = old.get(key), new.get(key)
     if key in LISTS and isinstance(a, list) and isinstance(b, list):
         return all(a[i % len(a)] == b[i % len(b)] for i in range(count))
@@ -86,7 +87,7 @@ def draw_folder(
     kind: Format,
     process: Process,
 ) -> bool:
-    """Draws the images of this process that are missing; whoever finds all of them there writes the archive.
+    """Draws the missing images of this process's share; the process that finds all of them there writes the archive.
 
     Args:
         settings: ``num_images``, ``batch_size``, ``seed`` and whatever else made the images.
@@ -94,12 +95,12 @@ def draw_folder(
         labels_of: indices (B,) -> their classes, None without classes.
 
     Returns:
-        Whether the folder is complete; otherwise other processes are at it.
+        Whether the folder is complete; otherwise other processes are still at work.
 
     Raises:
-        ElitError: see :func:`claim`, or a file that cannot be written.
+        ElitError: see :func:`claim_folder`, or a file that cannot be written.
     """
-    claim(folder, settings)
+    claim_folder(folder, settings)
     count, size = settings["num_images"], settings["batch_size"]
     if kind == "npz" and _archived(folder) >= count:
         return _finish(folder, count, labels_of, kind)
@@ -124,7 +125,7 @@ def draw_folder(
 
 
 def present(folder: Path) -> set[int]:
-    """Indices of the images in a folder (an empty file, which a power failure may leave, is none)."""
+    """Lists the indices of the images in a folder, without empty files, which a power failure may leave."""
     return {int(p.stem) for p in folder.glob("*.png") if p.stem.isdigit() and p.stat().st_size}
 
 
@@ -141,11 +142,15 @@ def _write_png(path: Path, pixels: np.ndarray, about: dict[str, Any]) -> None:
 
 
 def _finish(folder: Path, count: int, labels_of: Callable[[Sequence[int]], list[int] | None], kind: Format) -> bool:
-    """The archive, and an end to what is only on the way to it."""
-    with file_lock(folder / LOCK):
+    """Writes the archive where it is wanted, and removes what is needed only on the way to it."""
+    with file_lock(folder / LOCK_FILE):
         if kind != "png" and _archived(folder) < count:
             _write_archive(folder, count, labels_of)
-        for half_written in (".*.png.*", f".{SETTINGS}.*", f".{ARCHIVE}.*"):  # left by processes that were killed
+        for half_written in (
+            ".*.png.*",
+            f".{SETTINGS_FILE}.*",
+            f".{ARCHIVE_FILE}.*",
+        ):  # left by processes that were killed
             for path in folder.glob(half_written):
                 path.unlink(missing_ok=True)
         if kind == "npz":
@@ -155,9 +160,9 @@ def _finish(folder: Path, count: int, labels_of: Callable[[Sequence[int]], list[
 
 
 def _archived(folder: Path) -> int:
-    """How many images the archive holds; 0 without one."""
+    """Counts the images in the archive; 0 without one."""
     try:
-        with zipfile.ZipFile(folder / ARCHIVE) as archive, archive.open("arr_0.npy") as member:
+        with zipfile.ZipFile(folder / ARCHIVE_FILE) as archive, archive.open("arr_0.npy") as member:
             np.lib.format.read_magic(member)
             return int(np.lib.format.read_array_header_1_0(member)[0][0])
     except (FileNotFoundError, zipfile.BadZipFile, KeyError, ValueError):  # a damaged one is written again
@@ -165,7 +170,10 @@ def _archived(folder: Path) -> int:
 
 
 def _write_archive(folder: Path, count: int, labels_of: Callable[[Sequence[int]], list[int] | None]) -> None:
-    """As the ADM suite has it: ``arr_0`` bytes (M, H, W, 3), written one by one; ``arr_1`` labels (M,), if any."""
+    """Writes the archive in the layout of the ADM suite, one image at a time.
+
+    ``arr_0`` is bytes (M, H, W, 3); ``arr_1`` is labels (M,), if there are any.
+    """
     labels = labels_of(range(count))
 
     def pixels() -> Iterator[np.ndarray]:
@@ -175,7 +183,7 @@ def _write_archive(folder: Path, count: int, labels_of: Callable[[Sequence[int]]
 
     with Image.open(folder / _name(0)) as first:
         shape = (count, first.height, first.width, 3)
-    with atomic_file(folder / ARCHIVE) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with atomic_file(folder / ARCHIVE_FILE) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open(_member("arr_0.npy"), "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)
@@ -187,5 +195,5 @@ def _write_archive(folder: Path, count: int, labels_of: Callable[[Sequence[int]]
 
 
 def _member(name: str) -> zipfile.ZipInfo:
-    """Of a fixed date, so that equal images make equal files."""
+    """Returns an entry of a fixed date, so that equal images make equal files."""
     return zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))

@@ -26,15 +26,17 @@ def convert_model(
     Args:
         source: a published .pt file; or a run directory, a saved model or a Hub id.
         target: a new folder; or a new .pt file.
-        num_heads: of a published file of no published size, which leaves it open.
-        head_depth: the same.
-        tail_depth: the same.
+        num_heads: number of attention heads, where a published file of an unpublished size leaves it open.
+        head_depth: number of blocks before Read, where the file leaves it open.
+        tail_depth: number of blocks after Write, where the file leaves it open.
 
     Raises:
         ElitError: a source that cannot be read or held by the other format, or a target that exists.
     """
     done = convert(source, target, num_heads=num_heads, head_depth=head_depth, tail_depth=tail_depth)
-    Console(soft_wrap=True, highlight=False).print(done)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(done)
+    console.print(f"next: elit info {target}")
 
 
 def convert(

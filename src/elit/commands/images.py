@@ -1,4 +1,4 @@
-"""Tensors as pictures."""
+"""Turning tensors into pictures."""
 
 import math
 
@@ -10,12 +10,12 @@ from elit.data.pixels import to_uint8
 
 
 def to_frames(clips: Tensor, columns: int | None = None) -> list[Image.Image]:
-    """Clips (B, C, T, H, W) as the frames of one video, each a :func:`to_grid` of all clips."""
+    """Turns clips (B, C, T, H, W) into the frames of one video, each of which shows all clips in a grid."""
     return [to_grid(frame, columns) for frame in clips.unbind(2)]
 
 
 def to_grid(images: Tensor, columns: int | None = None, gap: int = 2, smallest: int = 64) -> Image.Image:
-    """Images (B, C, H, W) side by side in rows, small ones enlarged (nearest) to at least ``smallest`` pixels."""
+    """Puts images (B, C, H, W) side by side in rows; small ones are enlarged to at least ``smallest`` pixels."""
     pixels = to_uint8(images)
     count, height, width, channels = pixels.shape
     columns = columns or math.ceil(math.sqrt(count))

@@ -1,4 +1,4 @@
-"""`elit prepare`: images to what training reads."""
+"""`elit prepare`: turns images into what training reads."""
 
 from pathlib import Path
 
@@ -29,12 +29,12 @@ def prepare_convert(
     A run that was killed continues when it is started again.
 
     Args:
-        source: a folder or zip of images: in class folders, with dataset.json, with captions in metadata.jsonl, or
+        source: a folder or zip of images, in class folders, with dataset.json, with captions in metadata.jsonl, or
             loose and without labels; or its URL.
         out: the folder to write.
         resolution: height and width of the result.
         transform: center-crop, center-crop-wide (black bars above and below) or center-crop-dhariwal.
-        workers: processes; default one per processor.
+        workers: number of processes; by default one per processor.
         strict: stop at an image that cannot be read, instead of naming it in report.json.
 
     Raises:
@@ -51,6 +51,7 @@ def prepare_convert(
         console.print(f"  skipped {name}: {reason}", markup=False)
     if skipped:
         console.print(f"{len(skipped)} could not be read: see {Path(out) / REPORT}")
+    console.print(f"next: elit train --data {out}, or elit prepare encode {out} LATENTS to train on latents")
 
 
 def prepare_encode(
@@ -73,13 +74,14 @@ def prepare_encode(
         source: a folder or zip of images of one square size, see elit prepare convert; or its URL.
         out: the folder to write.
         autoencoder: a diffusers autoencoder: a folder or a Hub id.
-        revision: its branch, tag or commit on the Hub.
+        revision: branch, tag or commit of the autoencoder on the Hub.
         flips: store the mirror image of each image after it.
-        dtype: float32, float16 or bfloat16, of what is stored.
-        shard_size: images per shard.
+        dtype: precision of the stored latents: float32, float16 or bfloat16.
+        shard_size: number of images per shard.
         batch_size: images at a time.
-        workers: processes that read images; default one per processor, shared by the processes of a launch.
-        device: auto, cpu, cuda, ...
+        workers: number of processes that read images; by default one per processor, shared by the processes of a
+            launch.
+        device: auto takes a GPU where there is one; or cpu, cuda, cuda:1, ...
 
     Raises:
         ElitError: a wrong option or source, an image that cannot be read, or a folder that cannot be used.
@@ -102,6 +104,7 @@ def prepare_encode(
     console.print(f"{len(images):,} images in {len(encoding.shards)} shards of {out}")
     if encoding.todo:
         console.print(f"the autoencoder ran for {encoded:.1f} s and waited {waited:.1f} s for images to be read")
+    console.print(f"next: elit train --data {out}")
 
 
 def prepare_verify(folder: str) -> None:

@@ -1,4 +1,4 @@
-"""Several processes of one command: who does what, without a word between them.
+"""Sharing the work of one command among processes that do not talk to each other.
 
 Work is cut into pieces that are functions of their number alone, and a finished piece is a file. A process does the
 pieces that are its own and not there yet; none waits for another, so one that dies stops none, and any later run
@@ -14,7 +14,7 @@ from elit.launch import default_device, rank_and_world_size
 
 
 class Process(NamedTuple):
-    """One of ``total`` processes of ``torchrun`` or ``accelerate launch``; 0 of 1 without them."""
+    """This process among those of ``torchrun`` or ``accelerate launch``; the only one without them."""
 
     rank: int
     total: int
@@ -25,11 +25,11 @@ class Process(NamedTuple):
 
 
 def this_process(device: str = "auto", threads: int = 1) -> Process:
-    """The process that we are, on its own GPU if there are several.
+    """Returns this process, on its own GPU if there are several.
 
     Args:
-        threads: of CPU kernels. They are set, not taken from the environment (launchers change it), because sums are
-            rounded differently by another number of threads.
+        threads: number of CPU threads. It is set, not taken from the environment (launchers change it), because
+            another number of threads rounds sums differently.
 
     Raises:
         ElitError: threads below 1, or a device that is not there.

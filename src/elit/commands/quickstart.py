@@ -1,4 +1,4 @@
-"""The first run: trains a small elastic model on real digits and shows what each budget costs and gives."""
+"""`elit quickstart`: trains a small elastic model on real digits and shows what each budget costs and gives."""
 
 import tempfile
 import time
@@ -87,7 +87,7 @@ RECIPE = TrainConfig(
 
 
 def measure_references(judge: Judge, train: Data, held_out: Data) -> dict[str, Any]:
-    """Quality of real images: as many training images as there are samples, and held-out ones."""
+    """Measures the quality of real images: as many training images as there are samples, and held-out ones."""
     references = {}
     for name, data in (("training images", train), ("held-out images", held_out)):
         chosen = permutation(generator("reference", name), len(data))[:NUM_SAMPLES]
@@ -96,7 +96,7 @@ def measure_references(judge: Judge, train: Data, held_out: Data) -> dict[str, A
 
 
 def measure_copying(images: Tensor, train: Data, held_out: Data) -> dict[str, float]:
-    """Median pixel distance to the nearest training image, of samples and of held-out images."""
+    """Measures the median pixel distance to the nearest training image, of samples and of held-out images."""
     known, _ = train.batch(torch.arange(len(train)))
     chosen = permutation(generator("copying"), len(held_out))[: len(images)]
     unseen, _ = held_out.batch(chosen)
@@ -109,7 +109,7 @@ def measure_copying(images: Tensor, train: Data, held_out: Data) -> dict[str, fl
 
 
 def measure_attention(model: Model, held_out: Data) -> tuple[dict[str, Any], tuple[Tensor, Tensor, Tensor]]:
-    """Rank correlation of Read attention with the loss per token; control: the attention of another image.
+    """Measures the rank correlation of Read attention with the loss per token, and with another image's attention.
 
     Returns:
         The correlations with 95 % half-widths over images, and images, attention and loss (the latter two per token).
@@ -127,7 +127,7 @@ def measure_attention(model: Model, held_out: Data) -> tuple[dict[str, Any], tup
 
 
 def steps_for(minutes: float, config: TrainConfig) -> int:
-    """How many steps fit into minutes of training, from the time of a few."""
+    """Estimates how many steps fit into minutes of training, from the time of a few."""
     if minutes <= 0:
         raise ElitError(f"minutes is {minutes}; it must be above 0")
     with tempfile.TemporaryDirectory() as folder:
@@ -147,8 +147,8 @@ def quickstart(out: Path = Path("runs/quickstart"), minutes: float | None = None
 
     Args:
         out: folder for the run, results.json, pictures and report.html.
-        minutes: about how long to train; default 1200 steps, some three minutes on two cores.
-        seed: of everything random.
+        minutes: about how long to train; by default 1200 steps, some three minutes on two cores.
+        seed: seed of everything random.
 
     Raises:
         ElitError: the folder cannot be used, or a package of the quickstart extra is missing.
@@ -193,7 +193,7 @@ def quickstart(out: Path = Path("runs/quickstart"), minutes: float | None = None
 
 
 def measure(model: Model, config: TrainConfig, train: Data, held_out: Data) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Everything that the report shows: numbers, and the tensors of its pictures."""
+    """Measures everything that the report shows; returns its numbers, and the tensors of its pictures."""
     judge = Judge(train_classifier(train, config.seed), train)
     draws = SweepConfig(NUM_SAMPLES, config.seed * NUM_SAMPLES, shown=NUM_SAMPLES, batch_size=250)
     settings = [

@@ -1,4 +1,4 @@
-"""The quickstart's page: pictures, tables and an honest reading, in one HTML file that needs nothing beside it."""
+"""The quickstart's page: pictures and tables with captions, in one HTML file that needs nothing beside it."""
 
 import base64
 from html import escape
@@ -52,90 +52,11 @@ def draw_figures(out: Path, results: dict[str, Any], pictures: dict[str, Any]) -
     plots.save(plots.plot_attention(images[shown], attention[shown], loss[shown], bars), out / "attention")
 
 
-# ------------------------------------------------------------------------------------------------ words
-
-
-def reading(results: dict[str, Any]) -> list[str]:
-    """What the numbers say, in paragraphs made from them."""
-    return [
-        read_cost(results),
-        read_loss(results),
-        *read_samples(results),
-        read_copying(results),
-        read_attention(results),
-    ]
-
-
-def read_cost(results: dict[str, Any]) -> str:
-    small = results["costs"][0]
-    return (
-        f"<b>Cost.</b> At {budget_label(small['budget'])} of the latents a forward needs {small['flops_ratio']:.0%} of "
-        f"the FLOPs and took {small['latency_ratio']:.0%} of the time (elastic efficiency "
-        f"{small['elastic_efficiency']:.2f}; 1 means that time falls exactly with FLOPs). The rest is the spatial head "
-        "and tail, which always run in full. This model is tiny, so fixed overheads weigh more than at real sizes."
-    )
-
-
-def read_loss(results: dict[str, Any]) -> str:
-    losses = results["held_out_loss"]
-    clear = [row for row in losses[:-1] if row["excess"] > 1.96 * row["excess_standard_error"]]
-    verdict = "No difference is clear at this size of the experiment."
-    if clear:
-        verdict = (
-            f"That is clear at {', '.join(budget_label(row['budget']) for row in clear)}, and small: 16x16 pixels "
-            "hold little that a few latents cannot carry. Large images are where more latents pay."
-        )
-    excess = ", ".join(f"{_excess(row)} at {budget_label(row['budget'])}" for row in losses[:3])
-    return (
-        "<b>What a budget gives.</b> On held-out digits, with the same noise for every budget, the loss is "
-        f"{excess} above that of full budget, {losses[-1]['loss']:.4f}. {verdict}"
-    )
-
-
-def read_samples(results: dict[str, Any]) -> tuple[str, str]:
-    none, cfg, ccfg = (results["quality"][kind] for kind in ("none", "cfg", "ccfg"))
-    low, references = budget_label(none[0]["budget"]), results["references"]
-    saving = 1 - ccfg[-1]["flops_per_image"] / cfg[-1]["flops_per_image"]
-    return (
-        "<b>Samples.</b> Without guidance the classifier finds the class that was asked for in "
-        f"{none[0]['accuracy']:.1%} of the samples at {low} and {none[-1]['accuracy']:.1%} at full budget; with CFG in "
-        f"{cfg[0]['accuracy']:.1%} and {cfg[-1]['accuracy']:.1%}. Without guidance the Frechet distance goes from "
-        f"{none[0]['frechet_distance']:.2f} to {none[-1]['frechet_distance']:.2f}; as many real training images have "
-        f"{references['training images']['frechet_distance']:.2f}, held-out ones "
-        f"{references['held-out images']['frechet_distance']:.2f}. Over {results['protocol']['samples_per_setting']:,} "
-        "samples such distances are noisy.",
-        f"<b>Guidance.</b> At full budget CCFG costs {saving:.0%} less than CFG; its Frechet distance is "
-        f"{ccfg[-1]['frechet_distance']:.2f} against {cfg[-1]['frechet_distance']:.2f}, its accuracy "
-        f"{ccfg[-1]['accuracy']:.1%} against {cfg[-1]['accuracy']:.1%}.",
-    )
-
-
-def read_copying(results: dict[str, Any]) -> str:
-    copying = results["copying"]
-    near = copying["samples nearer than 99 % of held-out images"]
-    verdict = "The model does not copy." if near < 0.05 else "Some samples are close to training images: look at them."
-    return (
-        f"<b>Memory.</b> The nearest training image of a sample is {copying['samples']:.3f} away (median, RMS of "
-        f"pixels in [-1, 1]), that of a held-out digit {copying['held-out images']:.3f}; {near:.1%} of the samples "
-        f"are nearer than 99 % of the held-out digits, where 1 % would be expected of new digits. {verdict}"
-    )
-
-
-def read_attention(results: dict[str, Any]) -> str:
-    same, other = results["attention"]["same image"], results["attention"]["another image"]
-    return (
-        "<b>Attention.</b> The rank correlation between the attention that a token receives in Read and its loss is "
-        f"{same['mean']:.2f} ± {same['half_width']:.2f}; with that of another image it is {other['mean']:.2f} ± "
-        f"{other['half_width']:.2f}. Only the difference is evidence that the latents look where this very image is "
-        "hard; the control shows how much any digit gives."
-    )
-
-
-def _excess(row: dict[str, Any]) -> str:
-    return f"{row['excess']:+.4f} ± {1.96 * row['excess_standard_error']:.4f}"
+# ------------------------------------------------------------------------------------------------ tables
 
 
 def cost_table(results: dict[str, Any]) -> str:
+    """Tabulates FLOPs, latency and held-out loss of each budget."""
     head = ["budget", "latents per window", "MFLOPs", "MMACs", "latency (ms)", "quartiles (ms)", "FLOPs", "latency"]
     head += ["elastic efficiency", "held-out loss", "above full"]
     rows = []
@@ -153,13 +74,14 @@ def cost_table(results: dict[str, Any]) -> str:
                 f"{cost['latency_ratio']:.0%}",
                 f"{cost['elastic_efficiency']:.2f}",
                 f"{loss['loss']:.4f}",
-                _excess(loss),
+                f"{loss['excess']:+.4f} ± {1.96 * loss['excess_standard_error']:.4f}",
             ]
         )
     return _table(head, rows)
 
 
 def quality_table(results: dict[str, Any]) -> str:
+    """Tabulates the quality of samples for each guidance and budget, and that of real images."""
     head = ["guidance", "budget", "GFLOPs per image", "class accuracy", "Frechet distance"]
     rows = [
         [
@@ -176,6 +98,16 @@ def quality_table(results: dict[str, Any]) -> str:
         [f"real {name}", "", "", f"{row['accuracy']:.1%}", f"{row['frechet_distance']:.2f}"]
         for name, row in results["references"].items()
     ]
+    return _table(head, rows)
+
+
+def copying_table(results: dict[str, Any]) -> str:
+    """Tabulates how far samples and held-out images are from the nearest training image."""
+    copying = results["copying"]
+    head = ["", "distance to the nearest training image", "nearer than 99 % of held-out images"]
+    near = copying["samples nearer than 99 % of held-out images"]
+    rows = [["samples", f"{copying['samples']:.3f}", f"{near:.1%}"]]
+    rows += [["held-out images", f"{copying['held-out images']:.3f}", "1.0%"]]
     return _table(head, rows)
 
 
@@ -210,7 +142,6 @@ def page(out: Path, results: dict[str, Any]) -> str:
     config = training["config"]
     time = f" in {training['seconds'] / 60:.1f} minutes" if training["seconds"] else ""
     grids = "".join(figure(f"samples-{name}", f"samples, {long}") for name, long in GUIDANCE_NAMES.items())
-    paragraphs = "".join(f"<p>{text}</p>" for text in reading(results))
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>ELIT quickstart</title>
 <style>{STYLE}</style>
@@ -219,22 +150,25 @@ def page(out: Path, results: dict[str, Any]) -> str:
 handwritten digits for {config["steps"]:,} steps{time}. Each column below is the
 same model and the same noise; only the fraction of latents in use differs.</p>
 <div class="row grids">{grids}</div>
-<h2>An honest reading</h2>{paragraphs}
 <h2>What each budget costs</h2>
 <div class="row">{figure("budget-cost", "FLOPs and latency against budget")}
 {figure("budget-loss", "held-out loss against budget")}</div>
 {cost_table(results)}
 <p>One forward; FLOPs of one image, latency of a batch of {protocol["latency_batch"]} (median of 30, all budgets in
-turns). 1 MAC = 2 FLOPs. Intervals are 95 %.</p>
+turns). Elastic efficiency is the share of the latency over the share of the FLOPs: 1 means that time falls exactly as
+FLOPs do. The loss is on held-out digits with the same noise for every budget. 1 MAC = 2 FLOPs. Intervals are 95 %.</p>
 <h2>What each budget gives</h2>
 <div class="row">{figure("quality-frechet-distance", "Frechet distance against cost")}
 {figure("quality-accuracy", "class accuracy against cost")}</div>
 {quality_table(results)}
 <p>{protocol["samples_per_setting"]:,} samples per row, {protocol["sampling_steps"]} Euler steps, guidance scale
 {protocol["guidance_scale"]:g}; features: {escape(protocol["features"])}.</p>
+<h2>Samples and training images</h2>{copying_table(results)}
+<p>Medians over {protocol["samples_per_setting"]:,} samples, root mean square of pixels in [-1, 1].</p>
 <h2>Where the latents look</h2>{figure("attention", "Read attention beside the loss of every token")}
 <p>Attention that each token receives from the latents of its window, and its loss, both averaged over noises at
-t = 0.5, on held-out digits. Error bars are 95 % intervals over images.</p>
+t = 0.5, on held-out digits. Bars: rank correlation of the two within an image, and as a control with the attention of
+another image; error bars are 95 % intervals over images.</p>
 <footer>elit quickstart --seed {config["seed"]} &middot; elit {environment["elit"]}, torch {environment["torch"]},
 {environment["cores"]} cores, {environment["threads"]} threads &middot; {environment["date"]} &middot; numbers in
 results.json</footer></html>
