@@ -4,13 +4,14 @@ __version__ = "0.1.0"
 
 from elit.data.pil import to_pil
 from elit.errors import ElitError
-from elit.flow import Guidance, Trajectory, advance, sample, trajectories
+from elit.flow import Cache, Guidance, Trajectory, advance, sample, trajectories
 from elit.interface import BudgetByNoise
 from elit.models import Model, create
 from elit.models.files import load
 
 __all__ = [
     "BudgetByNoise",
+    "Cache",
     "ElitError",
     "Guidance",
     "Model",

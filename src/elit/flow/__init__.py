@@ -1,5 +1,6 @@
 """Paths, times, flows and the objective; solvers, guidance, trajectories and the sampler."""
 
+from elit.flow.caching import Cache, embedding_changes
 from elit.flow.guidance import Guidance, weak_level
 from elit.flow.matching import Flow, FlowMatching
 from elit.flow.objective import flow_matching_error, flow_matching_loss, per_token
@@ -13,6 +14,7 @@ from elit.flow.trajectory import Evaluation, Trajectory, advance, evaluate, flow
 __all__ = [
     "PATHS",
     "SOLVERS",
+    "Cache",
     "Evaluation",
     "Flow",
     "FlowMatching",
@@ -27,6 +29,7 @@ __all__ = [
     "Trajectory",
     "advance",
     "decompose",
+    "embedding_changes",
     "evaluate",
     "flow_matching_error",
     "flow_matching_loss",

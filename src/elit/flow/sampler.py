@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from elit.conditions import Condition, condition_size, select_condition
 from elit.errors import ElitError
+from elit.flow.caching import Cache, embedding_changes
 from elit.flow.guidance import Guidance, weak_level
 from elit.flow.pyramid import StageSchedule
 from elit.flow.solvers import solver_named
@@ -54,6 +55,7 @@ def sample(
     budget: Budget | None = None,
     guidance: Guidance | Sequence[Guidance | None] | None = None,
     path: str = "linear",
+    cache: Cache | None = None,
     batch_size: int = 64,
     callback: Callback | None = None,
     progress: bool = False,
@@ -79,6 +81,7 @@ def sample(
             step, (B, steps). None is the most that was trained.
         guidance: a :class:`Guidance` for all samples, or a list with one (or None) per sample; None is no guidance.
         path: ``linear`` or ``cosine``, as in training.
+        cache: when to skip the core and use its earlier effect again, see :class:`Cache`; None runs it at every step.
         batch_size: number of samples in one forward.
         callback: called after each step with a :class:`StepInfo`.
         progress: show a bar of steps.
@@ -92,7 +95,7 @@ def sample(
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ElitError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
-    wanted = _Wanted(model, labels, seeds, noise, steps, solver, budget, guidance, path)
+    wanted = _Wanted(model, labels, seeds, noise, steps, solver, budget, guidance, path, cache)
     samples: list[Tensor] = [torch.empty(0)] * wanted.count
     batches = [range(wanted.count)[start : start + batch_size] for start in range(0, wanted.count, batch_size)]
     total = sum(len(wanted.times[group[0]]) - 1 for batch in batches for group in wanted.together(batch))
@@ -125,6 +128,7 @@ def trajectories(
     budget: Budget | None = None,
     guidance: Guidance | Sequence[Guidance | None] | None = None,
     path: str = "linear",
+    cache: Cache | None = None,
 ) -> list[Trajectory]:
     """Starts one trajectory per sample, for callers that advance them on their own (:func:`~elit.flow.advance`).
 
@@ -136,7 +140,7 @@ def trajectories(
     Raises:
         ElitError: as for :func:`sample`.
     """
-    wanted = _Wanted(model, labels, seeds, noise, steps, solver, budget, guidance, path)
+    wanted = _Wanted(model, labels, seeds, noise, steps, solver, budget, guidance, path, cache)
     return [wanted.trajectory([index]) for index in range(wanted.count)]
 
 
@@ -154,6 +158,7 @@ class _Wanted:
         budget: Budget | None,
         guidance: Guidance | Sequence[Guidance | None] | None,
         path: str,
+        cache: Cache | None,
     ) -> None:
         self.model = model
         self.y, self.count = _conditions(model, labels, seeds, noise)
@@ -174,6 +179,12 @@ class _Wanted:
                 f"noise has shape {tuple(noise.shape)}; the model takes {(self.count, *self.flow.state_shape)}"
             )
         self.noise = noise
+        self.cache = cache
+        self.core_runs: dict[int, list[bool]] = {}
+        if cache is not None:
+            changes = {key: embedding_changes(model, times) for key, times in grids.items()}
+            self.core_runs = {key: cache.steps_that_run(of_grid) for key, of_grid in changes.items()}
+        self.each_steps = each_steps
 
     def together(self, indices: Sequence[int]) -> list[list[int]]:
         """Groups samples by their number of steps: those that one trajectory can hold."""
@@ -181,6 +192,10 @@ class _Wanted:
         for index in indices:
             groups.setdefault(len(self.times[index]), []).append(index)
         return list(groups.values())
+
+    def _core_runs(self, indices: list[int]) -> list[tuple[bool, ...]]:
+        """Tells for each step and sample whether the core runs."""
+        return list(zip(*(self.core_runs[id(self.each_steps[index])] for index in indices), strict=True))
 
     def trajectory(self, indices: list[int]) -> Trajectory:
         """Starts samples that take the same number of steps."""
@@ -202,6 +217,8 @@ class _Wanted:
             guidance=[self.guidance[index] for index in indices],
             weak_levels=[self.weak_levels[index] for index in indices],
             seeds=seeds,
+            cache=self.cache,
+            core_runs=[] if self.cache is None else self._core_runs(indices),
             device=self.model.device,
         )
 

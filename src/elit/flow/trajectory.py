@@ -8,18 +8,19 @@ seed. :func:`advance` evaluates what any number of them want in one batch and ha
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from elit.conditions import Condition, cat_conditions, select_condition
+from elit.flow.caching import Cache, EffectMemory
 from elit.flow.guidance import Guidance
 from elit.flow.matching import Flow, FlowMatching
 from elit.flow.paths import Path, path_named
 from elit.flow.pyramid import PyramidFlow
 from elit.flow.solvers import Moment, Solver, Step, StepGenerator
-from elit.models.base import Model
+from elit.models import Effect, Encoded, Model, Transformer
 from elit.seeding import normals
 
 
@@ -47,6 +48,8 @@ class Evaluation(NamedTuple):
         levels: of the strong term of each sample.
         guidance: of each sample, None without.
         weak_levels: of the weak term of each sample; None where it is that of the strong one.
+        memories: of each sample, what the core did to it before; None where none is kept.
+        skips: whether each sample skips the core where its memory allows it.
     """
 
     x: Tensor
@@ -57,6 +60,8 @@ class Evaluation(NamedTuple):
     levels: list[int]
     guidance: list[Guidance | None]
     weak_levels: list[int | None]
+    memories: list[EffectMemory | None]
+    skips: list[bool]
 
 
 class Trajectory:
@@ -71,6 +76,7 @@ class Trajectory:
         y, null: conditions of the samples and of their weak terms; None for an unconditional model.
         guidance, weak_levels: of each sample; by default none.
         seeds: of each sample, for the noise of stochastic solvers.
+        cache: when the core is skipped; ``core_runs`` then tells for each step and sample whether it runs.
         device: where the states live.
 
     Attributes:
@@ -91,6 +97,8 @@ class Trajectory:
         guidance: Sequence[Guidance | None] | None = None,
         weak_levels: Sequence[int | None] | None = None,
         seeds: Sequence[int] | None = None,
+        cache: Cache | None = None,
+        core_runs: Sequence[Sequence[bool]] = (),
         device: torch.device | str = "cpu",
     ) -> None:
         count = len(noise)
@@ -99,6 +107,8 @@ class Trajectory:
         self.guidance: list[Guidance | None] = [None] * count if guidance is None else list(guidance)
         self.weak_levels: list[int | None] = [None] * count if weak_levels is None else list(weak_levels)
         self.seeds = list(range(count)) if seeds is None else list(seeds)
+        self.memories = [None if cache is None else EffectMemory(cache) for _ in range(count)]
+        self.core_runs = core_runs
         self.x = noise.to(device, torch.float64)
         self.times = times
         self._times = times.to(device)  # once for all steps
@@ -130,6 +140,7 @@ class Trajectory:
         for step in range(self.steps):
             start, end = self._moment(step), self._moment(step + 1)
             moves = self._times[step + 1] < 1
+            skips = [not runs for runs in self.core_runs[step]] if self.core_runs else [False] * len(self.x)
             this = Step(start, end, step == self.steps - 1, self.flow.path, partial(self._noise, step))
             solving: StepGenerator = self.solver.step(self.x, this)
             velocity = None
@@ -140,7 +151,8 @@ class Trajectory:
                     self.x = done.value
                     break
                 velocity = yield Evaluation(
-                    x, moment, moves, self.y, self.null, self.levels[step], self.guidance, self.weak_levels
+                    *(x, moment, moves, self.y, self.null, self.levels[step], self.guidance, self.weak_levels),
+                    *(self.memories, skips),
                 )
             self.step = step + 1
 
@@ -168,7 +180,7 @@ def merge(wanted: Sequence[Evaluation]) -> Evaluation:
     """Puts evaluations into one batch."""
     if len(wanted) == 1:
         return wanted[0]
-    x, moments, moves, y, null, levels, guidance, weak_levels = zip(*wanted, strict=True)
+    x, moments, moves, y, null, levels, guidance, weak_levels, memories, skips = zip(*wanted, strict=True)
     return Evaluation(
         torch.cat(x),
         Moment(*(torch.cat(times) for times in zip(*moments, strict=True))),
@@ -178,6 +190,8 @@ def merge(wanted: Sequence[Evaluation]) -> Evaluation:
         list(chain.from_iterable(levels)),
         list(chain.from_iterable(guidance)),
         list(chain.from_iterable(weak_levels)),
+        list(chain.from_iterable(memories)),
+        list(chain.from_iterable(skips)),
     )
 
 
@@ -191,52 +205,82 @@ def evaluate(model: Model, flow: Flow, wanted: Evaluation) -> Tensor:
     active = [None if g is None else g.active(t) for g, t in zip(guidance, wanted.moment.host, strict=True)]
     guided = [i for i, on in enumerate(active) if on is not None and bool(on.any())]
     cfg, ag, ccfg = ([i for i in guided if (g := guidance[i]) and g.kind == kind] for kind in ("cfg", "ag", "ccfg"))
-    weak_levels = {i: levels[i] if (level := wanted.weak_levels[i]) is None else level for i in guided}
 
-    every = range(len(levels))
-    rows = [*every, *range(len(every), len(every) + len(cfg)), *ag] if ag else None
-    velocity = _forward(model, flow, wanted, every, cfg, [*levels, *(weak_levels[i] for i in cfg + ag)], rows)
+    def weak_terms(samples: list[int], drops_condition: bool) -> list[Term]:
+        of_samples = ((i, wanted.weak_levels[i]) for i in samples)
+        return [Term(i, "weak", levels[i] if level is None else level, drops_condition) for i, level in of_samples]
+
+    strong_terms = [Term(i, "strong", level) for i, level in enumerate(levels)]
+    velocity = forward_terms(model, flow, wanted, strong_terms + weak_terms(cfg, True) + weak_terms(ag, False))
     if ccfg:
-        weak = _forward(model, flow, wanted, (), ccfg, [weak_levels[i] for i in ccfg])
-        velocity = torch.cat((velocity, weak))
+        velocity = torch.cat((velocity, forward_terms(model, flow, wanted, weak_terms(ccfg, True))))
     if not guided:
         return velocity
 
     guided = cfg + ag + ccfg  # the order of the weak terms
     device, which = velocity.device, torch.tensor(guided, device=velocity.device)
-    strong, weak = velocity[which], velocity[len(every) :]
+    strong, weak = velocity[which], velocity[len(levels) :]
     scales = torch.tensor([g.scale for i in guided if (g := guidance[i]) is not None], dtype=torch.float64)
     scale = scales.to(device).view(-1, *(1,) * (velocity.dim() - 1))
     on = flow.spread(torch.stack([on for i in guided if (on := active[i]) is not None]).to(device))
     mixed = torch.where(on, weak + scale * (strong - weak), strong)
-    return velocity[: len(every)].index_copy(0, which, mixed)
+    return velocity[: len(levels)].index_copy(0, which, mixed)
 
 
-def _forward(
-    model: Model,
-    flow: Flow,
-    wanted: Evaluation,
-    conditioned: Sequence[int],
-    dropped: Sequence[int],
-    levels: list[int],
-    rows: Sequence[int] | None = None,
-) -> Tensor:
-    """Runs the model on some samples with their conditions and, behind them, on some without.
+class Term(NamedTuple):
+    """One velocity that guidance combines: of a sample, at a level, with its condition or without."""
 
-    Args:
-        levels: of the samples in that order, or of ``rows``.
-        rows: which of them to answer for, see :meth:`Model.at_levels`.
+    sample: int
+    name: Literal["strong", "weak"]
+    level: int
+    drops_condition: bool = False
+
+
+def forward_terms(model: Model, flow: Flow, wanted: Evaluation, terms: Sequence[Term]) -> Tensor:
+    """Runs the model once for some terms: float64 velocities, one per term.
+
+    Terms of the same sample and condition are encoded once. Those without a condition stand behind the others.
     """
+    inputs = list(dict.fromkeys((term.sample, term.drops_condition) for term in terms))
+    chosen = [sample for sample, _ in inputs]
+    dropped = [sample for sample, drops_condition in inputs if drops_condition]
     x, t, moves, y = wanted.x.to(model.dtype), wanted.moment.model, wanted.moves, wanted.y
-    chosen = [*conditioned, *dropped]
     if chosen != list(range(len(x))):
         which = torch.tensor(chosen, device=x.device)
         x, t, moves = x[which], t[which], moves[which]
     if dropped:
         null = select_condition(wanted.null, torch.tensor(dropped, device=x.device))
-        y = cat_conditions(y, null) if conditioned else null
+        y = cat_conditions(y, null) if len(dropped) < len(inputs) else null
+    places = {of_input: place for place, of_input in enumerate(inputs)}
+    rows = [places[term.sample, term.drops_condition] for term in terms]
     with torch.inference_mode():
         encoded = model.encode(flow.to_model(x, moves), t, y)
-        level = levels[0] if len(set(levels)) == 1 else levels  # one level: the batch is not split
-        velocity = flow.from_model(model.at_levels(encoded, level, rows))
+        if any(wanted.memories):
+            answers = at_levels_with_memories(model, flow, wanted, encoded, terms, rows)
+        else:
+            levels = [term.level for term in terms]
+            level = levels[0] if len(set(levels)) == 1 else levels  # one level: the batch is not split
+            answers = model.at_levels(encoded, level, rows if len(terms) > len(inputs) else None)
+        velocity = flow.from_model(answers)
     return velocity.to(torch.float64, copy=True)  # an ordinary tensor again
+
+
+def at_levels_with_memories(
+    model: Model, flow: Flow, wanted: Evaluation, encoded: Encoded, terms: Sequence[Term], rows: Sequence[int]
+) -> Any:
+    """Does as :meth:`Model.at_levels`, but skips the core where a sample's memory stands in for it, and remembers what
+    the others do."""
+    assert isinstance(model, Transformer)
+    times = flow.noise_level(wanted.moment.host).tolist()
+    effects: list[Effect | None] = [
+        memory.recall(term.name, times[term.sample], term.level)
+        if wanted.skips[term.sample] and (memory := wanted.memories[term.sample])
+        else None
+        for term in terms
+    ]
+    answers, computed = model.at_levels_with_effects(encoded, [term.level for term in terms], rows, effects)
+    for place, effect in computed().items():
+        sample, name = terms[place][:2]
+        if memory := wanted.memories[sample]:
+            memory.keep(name, times[sample], effect)
+    return answers

@@ -6,7 +6,7 @@ from elit.models.dit import DiT, DiTConfig
 from elit.models.hdit import HDiT, HDiTConfig
 from elit.models.mmdit import MMDiT, MMDiTConfig
 from elit.models.registry import config_for, create, names
-from elit.models.transformer import Core, Encoded, Stream, Transformer, TransformerConfig
+from elit.models.transformer import Core, Effect, Encoded, Stream, Transformer, TransformerConfig
 from elit.models.uvit import UViT, UViTConfig
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "DFMConfig",
     "DiT",
     "DiTConfig",
+    "Effect",
     "Encoded",
     "HDiT",
     "HDiTConfig",

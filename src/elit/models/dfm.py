@@ -85,9 +85,8 @@ class DFM(Transformer):
             raise ElitError(f"the stages have {sizes} tokens; each must be half the size of the next")
         return sizes[0]
 
-    def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
-        times = torch.stack([embed(t[:, k]) for k, embed in enumerate(self.time_embed)])
-        return self.add_label(times.sum(0), y)
+    def embed_time(self, t: Tensor) -> Tensor:
+        return torch.stack([embed(t[:, k]) for k, embed in enumerate(self.time_embed)]).sum(0)
 
     def embed(self, x: Sequence[Tensor], size: Triple) -> Tensor:
         """Embeds every stage and returns the sum of their tokens: (B, N, D).

@@ -35,8 +35,8 @@ class DiT(Transformer):
     def embed(self, x: Tensor, size: Triple) -> Tensor:
         return self.add_positions(residual(self.patch_embed(patchify(x, size, self.patch))), size)
 
-    def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
-        return self.add_label(self.time_embed(t), y)
+    def embed_time(self, t: Tensor) -> Tensor:
+        return self.time_embed(t)
 
     def project(self, s: Tensor, c: Tensor, encoded: Encoded) -> Tensor:
         return unpatchify(self.final(s, c), encoded.size, self.patch).view(-1, *encoded.shape)

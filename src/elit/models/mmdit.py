@@ -125,8 +125,8 @@ class MMDiT(DiT):
             x, words = self.blocks[i](x, words, c, rope, seen)
         return Stream(x, Text(words, mask))
 
-    def condition(self, t: Tensor, y: Text) -> Tensor:  # type: ignore[override]
-        return self.time_embed(t) + self.pooled_embed(mean_of(y))
+    def condition(self, t: Tensor, y: Text) -> Tensor:
+        return self.embed_time(t) + self.pooled_embed(mean_of(y))
 
     def embed_text(self, y: Text) -> Text:
         return Text(residual(self.text_embed(y.tokens)), y.mask)

@@ -3,11 +3,12 @@
 Shapes: B batch, C channels, N spatial tokens, G windows, J latents per window, J~ of them in use, K = G * J~, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elit.conditions import Text
@@ -138,6 +139,18 @@ class Encoded:
         return replace(self, stream=stream, condition=self.condition[rows])
 
 
+class Effect(NamedTuple):
+    """What the core blocks changed in one sample, to be used again at a step that skips them.
+
+    Attributes:
+        latents: (G, J~, D). A lower level is a slice of it.
+        text: (T, D), of a model of text.
+    """
+
+    latents: Tensor
+    text: Tensor | None = None
+
+
 class Core(NamedTuple):
     """Some samples after the core, all at one level.
 
@@ -146,11 +159,22 @@ class Core(NamedTuple):
             which has no core, its tokens (B, N, D).
         text: the stream of text after the core.
         rows: which samples of the batch these are.
+        entered: the latents (B, G, J~, D) and the text (B, T, D) as they entered the core.
     """
 
     latents: Tensor
     text: Text | None = None
     rows: Rows = None
+    entered: tuple[Tensor, Tensor | None] | None = None
+
+    def effects(self) -> list[Effect]:
+        """Returns what the core changed in each of the samples."""
+        assert self.entered is not None
+        latents, words = self.entered
+        changed = (self.latents[:, :, : latents.shape[2]] - latents).unbind()
+        if words is None or self.text is None:
+            return [Effect(change) for change in changed]
+        return [Effect(*pair) for pair in zip(changed, (self.text.tokens - words).unbind(), strict=True)]
 
 
 class Transformer(Model):
@@ -220,41 +244,79 @@ class Transformer(Model):
             return self.decode(encoded, self.core(encoded, num_latents))
         rows = range(len(encoded.condition)) if rows is None else rows
         levels = [num_latents] * len(rows) if isinstance(num_latents, int) else num_latents
+        return self.at_levels_with_effects(encoded, levels, rows, [None] * len(rows))[0]
+
+    def at_levels_with_effects(
+        self, encoded: Encoded, levels: Sequence[int], rows: Sequence[int], effects: Sequence[Effect | None]
+    ) -> tuple[Any, Callable[[], dict[int, Effect]]]:
+        """Does as :meth:`at_levels`, but skips the core of those rows whose effect is given.
+
+        Args:
+            levels, rows: as for :meth:`at_levels`, one level per row.
+            effects: what the core is taken to change in each row, at its level or a higher one; None where it runs.
+
+        Returns:
+            The velocities, and a function that gives the effects of the cores that ran, by place in ``rows``.
+        """
         repeated = self.interface is not None and len(set(rows)) < len(rows)
         latents = self.read(encoded, max(levels)) if repeated else None
-        same = {level: [i for i, of_row in enumerate(levels) if of_row == level] for level in levels}
-        cores = [
-            self.core(encoded, level, as_rows([rows[i] for i in group], len(encoded.condition)), latents)
-            for level, group in same.items()
-        ]
+        groups: dict[tuple[int, bool], list[int]] = {}  # rows that run at one level, or are skipped at one
+        for i, (level, effect) in enumerate(zip(levels, effects, strict=True)):
+            groups.setdefault((level, effect is not None), []).append(i)
+        cores = []
+        for (level, _), group in groups.items():
+            of_group = as_rows([rows[i] for i in group], len(encoded.condition))
+            given = [effect for i in group if (effect := effects[i]) is not None]
+            cores.append(self.core(encoded, level, of_group, latents, given))
         # A sample that is wanted at two levels is decoded twice, in two batches: none is larger than the caller chose.
         batches = [[core] for core in cores] if repeated else [cores]
-        order = torch.tensor([i for group in same.values() for i in group])
-        return in_order([self.decode(encoded, *batch) for batch in batches], order)
+        order = torch.tensor([i for group in groups.values() for i in group])
+        velocity = in_order([self.decode(encoded, *batch) for batch in batches], order)
+
+        def computed() -> dict[int, Effect]:
+            of_groups = zip(groups.items(), cores, strict=True)
+            ran = [(group, core.effects()) for ((_, skipped), group), core in of_groups if not skipped]
+            return {i: effect for group, found in ran for i, effect in zip(group, found, strict=True)}
+
+        return velocity, computed
 
     def read(self, encoded: Encoded, num_latents: int) -> Tensor:
         """Fills latents from the spatial tokens: (B, G, J~, D), or all J of them where the tail is visible."""
         assert self.interface is not None
         return self.interface.read(encoded.stream.tokens, encoded.condition, num_latents)
 
-    def core(self, encoded: Encoded, num_latents: int, rows: Rows = None, latents: Tensor | None = None) -> Core:
+    def core(
+        self,
+        encoded: Encoded,
+        num_latents: int,
+        rows: Rows = None,
+        latents: Tensor | None = None,
+        effects: Sequence[Effect] = (),
+    ) -> Core:
         """Runs Read and the core blocks at one level. A plain transformer has none.
 
         Args:
             num_latents: J~.
             rows: the samples to run; None is all.
             latents: what :meth:`read` gave of all samples at this or a higher level, where it is known already.
+            effects: what the blocks are taken to change in each sample, in place of running them.
         """
         part = encoded.take(rows)
         if self.interface is None:
             return Core(part.stream.tokens, part.stream.text, rows)
         latents = self.read(part, num_latents) if latents is None else take(latents, rows)
         grid, config = self.interface.grid_of(encoded.size), self.config
-        rope = self.interface.core_rope(grid, num_latents, latents.device)
-        stream = Stream(latents[:, :, :num_latents].flatten(1, 2), part.stream.text)  # (B, K, D)
-        stream = self.run_blocks(config.head_depth, config.depth - config.tail_depth, stream, part.condition, rope)
-        done = stream.tokens.unflatten(1, (grid.num_windows, -1))  # (B, G, J~, D)
-        return Core(self.interface.with_tail(done, latents), stream.text, rows)
+        used, text = latents[:, :, :num_latents], part.stream.text  # (B, G, J~, D)
+        entered = used, None if text is None else text.tokens
+        if effects:
+            done = used + torch.stack([effect.latents[:, :num_latents] for effect in effects])
+            text = text and text._replace(tokens=text.tokens + text_effects(effects, text.tokens))
+        else:
+            rope = self.interface.core_rope(grid, num_latents, latents.device)
+            first, end = config.head_depth, config.depth - config.tail_depth
+            stream = self.run_blocks(first, end, Stream(used.flatten(1, 2), text), part.condition, rope)  # (B, K, D)
+            done, text = stream.tokens.unflatten(1, (grid.num_windows, -1)), stream.text
+        return Core(self.interface.with_tail(done, latents), text, rows, entered)
 
     def decode(self, encoded: Encoded, *cores: Core) -> Any:
         """Writes latents back into the spatial tokens, runs the tail and projects to velocities.
@@ -291,9 +353,14 @@ class Transformer(Model):
         """Turns an input into spatial tokens (B, N, D)."""
         raise NotImplementedError
 
-    def condition(self, t: Tensor, y: Any) -> Tensor:
-        """Embeds times and conditions: (B, D)."""
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Embeds times (B,), of a multi-scale model (B, S): (B, D)."""
         raise NotImplementedError
+
+    def condition(self, t: Tensor, y: Any) -> Tensor:
+        """Embeds times and conditions, here labels: (B, D)."""
+        time = self.embed_time(t)
+        return time if self.label_embed is None else time + self.label_embed(y)
 
     def project(self, s: Tensor, c: Tensor, encoded: Encoded) -> Any:
         """Turns spatial tokens (B, N, D) under condition c (B, D) into a velocity of the shape of the input."""
@@ -338,10 +405,6 @@ class Transformer(Model):
             return s + self.positions
         return s + sincos_table(coordinates(size), self.config.width).to(s)
 
-    def add_label(self, time: Tensor, y: Tensor | None) -> Tensor:
-        """Adds embedded labels (B,), where the model has classes, to embedded times (B, D)."""
-        return time if self.label_embed is None else time + self.label_embed(y)
-
     def spatial_rope(self, size: Triple, device: torch.device) -> Rotary | None:
         """Returns rotary positions (N, d / 2) of the spatial tokens: (row, column), for video (time, row, column)."""
         config = self.config
@@ -359,6 +422,12 @@ def take(x: Tensor, rows: Rows) -> Tensor:
 
 def cat(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
+
+
+def text_effects(effects: Sequence[Effect], words: Tensor) -> Tensor:
+    """Stacks effects on text (B, T, D). Their padding may be of another length: nothing looks at it."""
+    changes = [effect.text for effect in effects if effect.text is not None]
+    return torch.stack([F.pad(change, (0, 0, 0, words.shape[1] - len(change))) for change in changes])
 
 
 def as_rows(rows: Sequence[int], batch_size: int) -> Rows:
