@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import elit
+from elit.analysis import sampling_flops
 from elit.flow import embedding_changes, time_grid
 from elit.models import DFM, DFMConfig
 from tests.helpers.models import PUBLISHED, TINY, inputs, randomize
@@ -158,3 +160,18 @@ def test_wrong_caches_are_told(threshold: Any, order: Any, told: str) -> None:
 def test_a_plain_model_has_no_core_to_skip() -> None:
     with pytest.raises(elit.ElitError, match="no latent interface"):
         draw(tiny_dit(interface=None), cache=elit.Cache(0.1))
+
+
+@pytest.mark.parametrize("guidance", GUIDANCE, ids=lambda g: g.kind if g else "none")
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_flops_are_those_that_a_sampler_spends(solver: str, guidance: elit.Guidance | None) -> None:
+    """PyTorch's counter over the sampler itself, with levels that fall and rise."""
+    model = tiny_dit()
+    settings: dict[str, Any] = {
+        "steps": 6, "solver": solver, "guidance": guidance, "budget": [1.0, 0.5, 0.25, 0.5, 1.0, 0.5],
+        "cache": elit.Cache(0.2),
+    }  # fmt: skip
+    with FlopCounterMode(display=False) as counter:
+        elit.sample(model, [1], **settings)
+    assert sampling_flops(model, **settings) == counter.get_total_flops()
+    assert sampling_flops(model, **settings) < sampling_flops(model, **(settings | {"cache": None}))

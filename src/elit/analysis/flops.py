@@ -6,6 +6,7 @@ activations, softmax and positions do not.
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from elit.conditions import Condition, Text
-from elit.flow import Evaluation, Guidance, trajectories
+from elit.flow import Cache, Evaluation, Flow, Guidance, trajectories
 from elit.flow.sampler import Steps
+from elit.flow.trajectory import remembered, terms_of
 from elit.interface import Budget
-from elit.models import Model, Transformer, TransformerConfig
+from elit.models import Effect, Model, Transformer, TransformerConfig
 from elit.models.registry import model_class_of
 
 PROMPT_LENGTH = 77  # tokens of the text that a forward of a model of text is measured with
@@ -115,29 +117,52 @@ def evaluation_flops(config: TransformerConfig, wanted: Evaluation) -> int:
     )
 
 
+def skipped_flops(config: TransformerConfig, flow: Flow, wanted: Evaluation) -> int:
+    """Counts the FLOPs of the cores that a cache skips in an evaluation, and notes in its memory which of them ran."""
+    times, skipped = flow.noise_level(wanted.moment.host).tolist(), 0
+    for term in chain.from_iterable(terms_of(wanted)):
+        t, memory = times[term.sample], wanted.memories[term.sample]
+        if remembered(wanted, term, t) is not None:
+            skipped += count_flops(config, term.level).core
+        elif memory is not None:
+            memory.keep(term.name, t, Effect(torch.empty(1, term.level, 0)))  # its level is what counts
+    return skipped
+
+
 def sampling_flops(
     model: Model,
     steps: Steps = 40,
     budget: Budget | None = None,
     guidance: Guidance | None = None,
     solver: str = "euler",
+    cache: Cache | None = None,
 ) -> int:
     """Counts the FLOPs of one sample that :func:`elit.sample` draws with these settings, over all steps.
 
-    Every evaluation of the solver counts with its own level, and with the weak term of guidance where that is on.
+    Every evaluation of the solver counts with its own level, with the weak term of guidance where that is on, and
+    without the cores that a cache skips.
 
     Args:
-        steps, budget, guidance, solver: as of :func:`elit.sample`, for one sample. Where samples differ, add them up.
+        steps, budget, guidance, solver, cache: as of :func:`elit.sample`, for one sample. Where samples differ, add
+            them up. A cache looks at the weights of the time embedding: the model must not be on ``meta``.
 
     Raises:
         ElitError: settings that :func:`elit.sample` refuses too, or one for each of several samples.
     """
     y = [0] if model.config.num_classes else example_condition(model, 1)  # labels are looked at: none on ``meta``
-    settings: dict[str, Any] = {"steps": steps, "budget": budget, "guidance": guidance, "solver": solver}
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "budget": budget,
+        "guidance": guidance,
+        "solver": solver,
+        "cache": cache,
+    }
     (trajectory,) = trajectories(model, y, seeds=[0], **settings)
     flops = 0
     while trajectory.wanted is not None:
         flops += evaluation_flops(model.config, trajectory.wanted)
+        if cache is not None:
+            flops -= skipped_flops(model.config, trajectory.flow, trajectory.wanted)
         trajectory.answer(torch.zeros_like(trajectory.wanted.x))
     return flops
 

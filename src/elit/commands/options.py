@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from elit.errors import ElitError
-from elit.flow import Guidance, StageSchedule
+from elit.flow import Cache, Guidance, StageSchedule
 from elit.flow.pyramid import THRESHOLD
 from elit.interface import Budget, BudgetByNoise
 from elit.models import Model
@@ -103,12 +103,17 @@ class SamplerOptions(GuidanceOptions):
         solver: euler, heun (second order, two evaluations a step) or sde (adds noise at each step).
         budget: fraction of the latents in (0, 1], such as 0.25; or one per step, such as 0.25,0.5,1; or by noise level,
             such as 0.25@0.5,1, a quarter while t > 0.5 and all of them afterwards. By default all latents.
+        cache_threshold: skip the core blocks, and use their last effect again, until the time embedding has changed by
+            this fraction in all, such as 0.1. By default they run at every step.
+        cache_order: what a skipped step takes of the core, its last effect (0) or one extrapolated from two (1).
     """
 
     steps: int | list[int] = 40
     stage_thresholds: list[float] | None = None
     solver: Literal["euler", "heun", "sde"] = "euler"
     budget: float | str | None = None
+    cache_threshold: float | None = None
+    cache_order: Literal[0, 1] = 0
 
     def sampler_arguments(self) -> dict[str, Any]:
         """Returns these options as arguments of :func:`elit.sample`.
@@ -121,6 +126,7 @@ class SamplerOptions(GuidanceOptions):
             "solver": self.solver,
             "budget": parse_budget(self.budget),
             "guidance": self.make_guidance(),
+            "cache": None if self.cache_threshold is None else Cache(self.cache_threshold, self.cache_order),
         }
 
 

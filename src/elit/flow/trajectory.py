@@ -201,30 +201,21 @@ def evaluate(model: Model, flow: Flow, wanted: Evaluation) -> Tensor:
     The two terms of classifier-free guidance run as one batch, and those of autoguidance share the head and Read. The
     weak term of ``ccfg``, which has another condition and another level, is a forward of its own.
     """
-    levels, guidance = wanted.levels, wanted.guidance
-    active = [None if g is None else g.active(t) for g, t in zip(guidance, wanted.moment.host, strict=True)]
-    guided = [i for i, on in enumerate(active) if on is not None and bool(on.any())]
-    cfg, ag, ccfg = ([i for i in guided if (g := guidance[i]) and g.kind == kind] for kind in ("cfg", "ag", "ccfg"))
-
-    def weak_terms(samples: list[int], drops_condition: bool) -> list[Term]:
-        of_samples = ((i, wanted.weak_levels[i]) for i in samples)
-        return [Term(i, "weak", levels[i] if level is None else level, drops_condition) for i, level in of_samples]
-
-    strong_terms = [Term(i, "strong", level) for i, level in enumerate(levels)]
-    velocity = forward_terms(model, flow, wanted, strong_terms + weak_terms(cfg, True) + weak_terms(ag, False))
-    if ccfg:
-        velocity = torch.cat((velocity, forward_terms(model, flow, wanted, weak_terms(ccfg, True))))
+    batches = terms_of(wanted)
+    parts = [forward_terms(model, flow, wanted, terms) for terms in batches]
+    velocity = parts[0] if len(parts) == 1 else torch.cat(parts)
+    guided = [term.sample for terms in batches for term in terms if term.name == "weak"]
     if not guided:
         return velocity
-
-    guided = cfg + ag + ccfg  # the order of the weak terms
-    device, which = velocity.device, torch.tensor(guided, device=velocity.device)
-    strong, weak = velocity[which], velocity[len(levels) :]
-    scales = torch.tensor([g.scale for i in guided if (g := guidance[i]) is not None], dtype=torch.float64)
+    count, device = len(wanted.levels), velocity.device
+    which = torch.tensor(guided, device=device)
+    strong, weak = velocity[which], velocity[count:]
+    scales = torch.tensor([g.scale for i in guided if (g := wanted.guidance[i])], dtype=torch.float64)
     scale = scales.to(device).view(-1, *(1,) * (velocity.dim() - 1))
-    on = flow.spread(torch.stack([on for i in guided if (on := active[i]) is not None]).to(device))
+    active = [g.active(wanted.moment.host[i]) for i in guided if (g := wanted.guidance[i])]
+    on = flow.spread(torch.stack(active).to(device))
     mixed = torch.where(on, weak + scale * (strong - weak), strong)
-    return velocity[: len(levels)].index_copy(0, which, mixed)
+    return velocity[:count].index_copy(0, which, mixed)
 
 
 class Term(NamedTuple):
@@ -234,6 +225,18 @@ class Term(NamedTuple):
     name: Literal["strong", "weak"]
     level: int
     drops_condition: bool = False
+
+
+def terms_of(wanted: Evaluation) -> list[list[Term]]:
+    """Lists the terms of what is wanted, by forward: first all strong ones, with the weak ones that run beside them."""
+    strong = [Term(i, "strong", level) for i, level in enumerate(wanted.levels)]
+    weak: dict[str, list[Term]] = {"cfg": [], "ag": [], "ccfg": []}
+    for i, (guidance, t) in enumerate(zip(wanted.guidance, wanted.moment.host, strict=True)):
+        if guidance is not None and bool(guidance.active(t).any()):
+            level = wanted.levels[i] if (own := wanted.weak_levels[i]) is None else own
+            weak[guidance.kind].append(Term(i, "weak", level, guidance.drops_condition))
+    first = [*strong, *weak["cfg"], *weak["ag"]]
+    return [first, weak["ccfg"]] if weak["ccfg"] else [first]
 
 
 def forward_terms(model: Model, flow: Flow, wanted: Evaluation, terms: Sequence[Term]) -> Tensor:
@@ -272,15 +275,16 @@ def at_levels_with_memories(
     the others do."""
     assert isinstance(model, Transformer)
     times = flow.noise_level(wanted.moment.host).tolist()
-    effects: list[Effect | None] = [
-        memory.recall(term.name, times[term.sample], term.level)
-        if wanted.skips[term.sample] and (memory := wanted.memories[term.sample])
-        else None
-        for term in terms
-    ]
+    effects = [remembered(wanted, term, times[term.sample]) for term in terms]
     answers, computed = model.at_levels_with_effects(encoded, [term.level for term in terms], rows, effects)
     for place, effect in computed().items():
         sample, name = terms[place][:2]
         if memory := wanted.memories[sample]:
             memory.keep(name, times[sample], effect)
     return answers
+
+
+def remembered(wanted: Evaluation, term: Term, t: float) -> Effect | None:
+    """Returns the effect that stands in for the core of a term at time t; None where the core has to run."""
+    memory = wanted.memories[term.sample]
+    return memory.recall(term.name, t, term.level) if memory and wanted.skips[term.sample] else None

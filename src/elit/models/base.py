@@ -64,6 +64,8 @@ class Model(nn.Module, HubModel):
             num_latents = self.levels_of(budget, len(t))
         elif budget is not None:
             raise ElitError("give a budget or num_latents, not both")
+        else:
+            self._check_num_latents(num_latents, len(t))
         return self.at_levels(self.encode(x, t, y), num_latents)
 
     def encode(self, x: Any, t: Tensor, y: Any = None) -> Any:
@@ -127,6 +129,17 @@ class Model(nn.Module, HubModel):
         if len(given) != batch_size:
             raise ElitError(f"{len(given)} budgets for {batch_size} samples; give one for each, or one for all")
         return [self.level(each) for each in given]
+
+    def _check_num_latents(self, num_latents: Levels, batch_size: int) -> None:
+        given = [num_latents] if isinstance(num_latents, int) else num_latents
+        if not isinstance(num_latents, int) and len(given) != batch_size:
+            raise ElitError(
+                f"{len(given)} numbers of latents for {batch_size} samples; give one for each, or one for all"
+            )
+        lowest = 0 if self.interface is None else self.interface.level_step
+        for number in given:
+            if not lowest <= number <= self.num_latents or (lowest and number % lowest):
+                raise ElitError(f"num_latents is {number}; a window of this model has {lowest} to {self.num_latents}")
 
     # -------------------------------------------------------------------------------------------- inputs
 

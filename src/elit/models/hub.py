@@ -39,7 +39,7 @@ class HubModel(PyTorchModelHubMixin, library_name="elit"):
             levels = listed(model.interface.trained_levels)
             elastic = f"trained with {levels} of {model.num_latents} latents a window"
         millions = sum(p.numel() for p in model.parameters()) / 1e6
-        labels = "labels=[0, 1], " if model.config.num_classes else ""
+        labels = "labels=[0, 1], " if model.config.num_classes else "prompts, " if model.takes_text else ""
         return ModelCard(CARD.format(name=type(self).__name__, millions=millions, elastic=elastic, labels=labels))
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:

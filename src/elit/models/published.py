@@ -347,6 +347,9 @@ def _interface(found: Checkpoint) -> InterfaceConfig:
 def _trained_levels(found: Checkpoint, num_latents: int) -> tuple[int, ...] | None:
     """Recovers the levels of training, which masked a fraction of the latents: ``int(J * (1 - p))`` for every p from
     ``elit_min_mask_prob`` to ``elit_max_mask_prob``. None where the args do not tell."""
+    listed = found.arg("elit_levels", list)  # of our own exports, whose levels may have gaps
+    if listed is not None:
+        return tuple(listed)
     ends: list[int] = []
     for name in ("elit_max_mask_prob", "elit_min_mask_prob"):
         masked = found.arg(name, float, int)
@@ -455,6 +458,8 @@ def published_args(config: TransformerConfig) -> dict[str, Any]:
             "elit_min_mask_prob": 1 - levels[-1] / group**2,
             "elit_tail_visible": config.interface.tail_visible,  # of ours: the published code always does it
         }
+        if len(levels) <= levels[-1] - levels[0]:  # there are gaps between them
+            args |= {"elit_levels": list(levels)}
     return args
 
 
