@@ -1,14 +1,18 @@
-"""What a launcher (torchrun, accelerate launch) tells a process; its device; and how processes take turns."""
+"""What a launcher (torchrun, accelerate launch) tells a process; its device and precision; how processes take turns."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from elit.atomic import make_folder
 from elit.errors import ElitError
+
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of weights
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -43,6 +47,25 @@ def default_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ElitError(f"there is no device {name!r} here ({str(error).splitlines()[0]})") from error
     return device
+
+
+def choose_precision(name: Precision, device: torch.device) -> Precision:
+    """Returns the precision that a device computes in: for auto, bf16 on a GPU and fp32 on a CPU.
+
+    Raises:
+        ElitError: tf32 or fp16 on a CPU.
+    """
+    if name == "auto":
+        return "fp32" if device.type == "cpu" else "bf16"
+    if name in ("tf32", "fp16") and device.type == "cpu":
+        raise ElitError(f"precision is {name}, which needs a GPU, and the device is cpu; take bf16 or fp32")
+    return name
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Lets float32 matrix products and convolutions of this process be rounded to TF32 on GPUs, or forbids it."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 @contextmanager

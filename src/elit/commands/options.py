@@ -13,6 +13,7 @@ from elit.errors import ElitError
 from elit.flow import Cache, Guidance, StageSchedule
 from elit.flow.pyramid import THRESHOLD
 from elit.interface import Budget, BudgetByNoise
+from elit.launch import DTYPES, Precision, allow_tf32, choose_precision
 from elit.models import Model
 from elit.models.files import load
 
@@ -41,20 +42,29 @@ class ModelOptions(DeviceOptions):
         weights: which weights of a run to take, the moving average (ema) or the raw ones.
         untrained_levels: let budgets be used that the model was not trained for; what it then makes may mean nothing.
         path: the path between noise and data that the model was trained on.
+        precision: of matrix products: fp32, tf32, bf16 or fp16; auto is bf16 on a GPU and fp32 on a CPU. A CPU has no
+            tf32 and no fp16. Sums, norms and softmax are float32 in each.
     """
 
     model: str
     weights: Literal["ema", "raw"] = "ema"
     untrained_levels: bool = False
     path: Literal["linear", "cosine"] = "linear"
+    precision: Precision = "auto"
 
     def load_model(self, device: torch.device) -> Model:
-        """Loads the model onto a device.
+        """Loads the model onto a device, in the precision asked for; ``precision`` then says which one auto was.
 
         Raises:
-            ElitError: it is not there, or damaged.
+            ElitError: it is not there, or damaged, or the device lacks the precision.
         """
-        return load(self.model, weights=self.weights, device=device, untrained_levels=self.untrained_levels)
+        self.precision = choose_precision(self.precision, device)
+        if device.type != "cpu" and self.precision in ("fp32", "tf32"):
+            allow_tf32(self.precision == "tf32")
+        dtype = DTYPES[self.precision]
+        return load(
+            self.model, weights=self.weights, device=device, dtype=dtype, untrained_levels=self.untrained_levels
+        )
 
 
 @dataclass(kw_only=True)

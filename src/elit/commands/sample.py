@@ -141,8 +141,14 @@ def check_fit(options: SampleOptions, model: Model, plan: Plan | None) -> None:
     """Checks that the options suit the model.
 
     Raises:
-        ElitError: a plan of another model, clips into a picture or images into a video, or labels that do not exist.
+        ElitError: a plan of another model or precision, clips into a picture or images into a video, or labels that do
+            not exist.
     """
+    if plan is not None and plan.stamp["dtype"] != str(model.dtype):
+        raise ElitError(
+            f"{options.plan} was made for a model in {plan.stamp['dtype'].removeprefix('torch.')}, and precision is "
+            f"{options.precision}; take the precision of the plan, or run elit plan in this one"
+        )
     if plan is not None and plan.stamp["model"] != weights_digest(model):
         raise ElitError(
             f"{options.plan} was made for other weights than those of {options.model}; run elit plan for this model"
