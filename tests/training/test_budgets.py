@@ -141,3 +141,9 @@ def test_scaled_batches_have_the_flops_of_full_budget(tmp_path: Path) -> None:
     assert {r.batch_size for r in reports if r.num_latents == 16} == {16}
     assert min(r.batch_size for r in reports if r.num_latents == 1) > 20
     assert trainer.seen == sum(report.batch_size for report in reports)
+
+
+def test_a_level_that_is_never_drawn_is_not_trained() -> None:
+    levels = training_levels(ElasticConfig(levels=[2, 4, 16], weights=[0, 1, 3]), model())
+    assert levels.levels == (4, 16)
+    assert levels.weights == (1, 3)

@@ -81,7 +81,8 @@ class EffectMemory:
 
     def keep(self, term: str, t: float, effect: Effect) -> None:
         """Remembers the effect at time t."""
-        earlier = self.effects.get(term, [])[-1:] if self.cache.order else []
+        other_times = [kept for kept in self.effects.get(term, []) if kept[0] != t]  # heun comes to a time twice
+        earlier = other_times[-1:] if self.cache.order else []
         self.effects[term] = [*earlier, (t, effect)]
 
     def recall(self, term: str, t: float, num_latents: int) -> Effect | None:

@@ -99,8 +99,8 @@ class FlowMatching:
         return flow_matching_loss(velocity, x, t, noise[0], self.path)
 
     def times(self, solver: Solver, steps: Any) -> Tensor:
-        if not isinstance(steps, int):
-            raise ElitError(f"steps is {steps!r}; stages are for multi-scale models (DFM), so give a whole number")
+        if not isinstance(steps, int | np.integer):
+            raise ElitError(f"steps is {steps!r}; give a whole number (stages are for multi-scale models)")
         return solver.times(check_steps(steps))
 
     def spread(self, t: Tensor) -> Tensor:

@@ -177,6 +177,16 @@ class PyramidFlow:
         self.state_shape: tuple[int, ...] = (sum(self.sizes),)
 
     def draw_times(self, count: int, rng: np.random.Generator) -> tuple[Tensor, int]:
+        """Draws times (count, S) and the number of active stages.
+
+        Raises:
+            ElitError: the density has weights for another number of stages.
+        """
+        if len(self.density.weights) != len(self.sizes):
+            raise ElitError(
+                f"stages.weights lists {len(self.density.weights)}, and the model has {len(self.sizes)} stages; "
+                "give one weight for each"
+            )
         return self.density.draw(count, self.path, rng)
 
     def loss(self, velocity: Velocity, x: Tensor, t: Tensor, noise: Sequence[Tensor], active: int = 1) -> Tensor:

@@ -1,5 +1,6 @@
 """`sample`: from seeds and labels to tensors in the model's space."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -162,8 +163,7 @@ class _Wanted:
     ) -> None:
         self.model = model
         self.y, self.count = _conditions(model, labels, seeds, noise)
-        self.null = None if self.y is None else model.null_condition(self.y)
-        self.seeds = list(range(self.count)) if seeds is None else [int(seed) for seed in seeds]
+        self.seeds = list(range(self.count)) if seeds is None else [_seed(seed) for seed in seeds]
         self.flow, self.solver = flow_of(model, path), solver_named(solver)
         each_steps = _one_each("steps", steps, self.count)
         grids = {id(each): self.flow.times(self.solver, each) for each in each_steps}
@@ -173,12 +173,19 @@ class _Wanted:
         level_of = {each: model.level(each) for schedule in schedules for each in set(schedule)}
         self.levels = [[level_of[each] for each in schedule] for schedule in schedules]
         self.guidance: list[Guidance | None] = _one_each("guidance", guidance, self.count)
+        wrong = [each for each in self.guidance if not isinstance(each, Guidance | None)]
+        if wrong:
+            raise ElitError(f"guidance is {wrong[0]!r}; it must be an elit.Guidance, or a list with one (or None) each")
+        drops = any(each is not None and each.drops_condition for each in self.guidance)
+        self.null = model.null_condition(self.y) if drops and self.y is not None else None
         self.weak_levels = [None if each is None else weak_level(model, each) for each in self.guidance]
         if noise is not None and tuple(noise.shape) != (self.count, *self.flow.state_shape):
             raise ElitError(
                 f"noise has shape {tuple(noise.shape)}; the model takes {(self.count, *self.flow.state_shape)}"
             )
         self.noise = noise
+        if not isinstance(cache, Cache | None):
+            raise ElitError(f"cache is {cache!r}; it must be an elit.Cache")
         self.cache = cache
         self.core_runs: dict[int, list[bool]] = {}
         if cache is not None:
@@ -221,6 +228,13 @@ class _Wanted:
             core_runs=[] if self.cache is None else self._core_runs(indices),
             device=self.model.device,
         )
+
+
+def _seed(seed: Any) -> int:
+    try:
+        return operator.index(seed)
+    except TypeError as error:
+        raise ElitError(f"a seed is {seed!r}; seeds must be whole numbers, one per sample") from error
 
 
 def _one_each(name: str, given: Any, count: int) -> list[Any]:

@@ -7,7 +7,8 @@ give it a name in :data:`SOLVERS`.
 """
 
 from collections.abc import Callable, Generator
-from typing import NamedTuple, TypeAlias
+from numbers import Integral
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -136,15 +137,15 @@ def solver_named(name: str) -> Solver:
     return SOLVERS[name]
 
 
-def check_steps(steps: int) -> int:
+def check_steps(steps: Any) -> int:
     """Checks a number of steps and returns it.
 
     Raises:
         ElitError: it is not a whole number, at least 1.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or int(steps) < 1:
         raise ElitError(f"steps is {steps!r}; it must be a whole number, at least 1")
-    return steps
+    return int(steps)
 
 
 def time_grid(solver: str, steps: int) -> Tensor:

@@ -188,6 +188,6 @@ def valid_levels(
     if trained is None:
         return tuple(range(math.ceil(smallest / step) * step, num_latents + 1, step))
     possible = range(step, num_latents + 1, step)
-    if not trained or any(level not in possible for level in trained):
+    if not trained or any(type(level) is not int or level not in possible for level in trained):
         raise ElitError(f"levels is {list(trained)}; a window of {num_latents} latents has the levels {list(possible)}")
     return tuple(sorted(set(trained)))

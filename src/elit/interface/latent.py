@@ -46,12 +46,18 @@ class InterfaceConfig:
             released checkpoints were trained so. The core runs on J~ latents either way.
     """
 
-    group_size: int | Triple = 4
+    group_size: int | tuple[int, ...] = 4
     min_latents: int | None = None
     variant: Literal["paper", "published"] = "paper"
     write_depth: int = 1
     tail_visible: bool = False
     levels: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.variant not in ("paper", "published"):
+            raise ElitError(f"no interface variant is named {self.variant!r}; there are paper and published")
+        if self.write_depth < 1:
+            raise ElitError(f"write_depth is {self.write_depth}; Write has at least 1 layer")
 
 
 class Read(nn.Module):

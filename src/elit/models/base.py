@@ -60,12 +60,13 @@ class Model(nn.Module, HubModel):
             ElitError: a budget that the model was not trained for, both of budget and num_latents, a condition that
                 is missing, or a shape that does not fit.
         """
+        batch_size = len(x) if isinstance(x, Tensor) else len(x[0])
         if num_latents is None:
-            num_latents = self.levels_of(budget, len(t))
+            num_latents = self.levels_of(budget, batch_size)
         elif budget is not None:
             raise ElitError("give a budget or num_latents, not both")
         else:
-            self._check_num_latents(num_latents, len(t))
+            self._check_num_latents(num_latents, batch_size)
         return self.at_levels(self.encode(x, t, y), num_latents)
 
     def encode(self, x: Any, t: Tensor, y: Any = None) -> Any:
@@ -132,6 +133,8 @@ class Model(nn.Module, HubModel):
 
     def _check_num_latents(self, num_latents: Levels, batch_size: int) -> None:
         given = [num_latents] if isinstance(num_latents, int) else num_latents
+        if not isinstance(given, Sequence) or any(type(number) is not int for number in given):
+            raise ElitError(f"num_latents is {num_latents!r}; it must be a whole number, or a list with one per sample")
         if not isinstance(num_latents, int) and len(given) != batch_size:
             raise ElitError(
                 f"{len(given)} numbers of latents for {batch_size} samples; give one for each, or one for all"
@@ -188,13 +191,13 @@ class Model(nn.Module, HubModel):
             y = torch.as_tensor(given)
         except (TypeError, ValueError) as error:
             raise ElitError(f"labels must be whole numbers, one per sample, not {given!r}") from error
-        if y.is_floating_point() or y.dim() != 1:
+        if y.is_floating_point() or y.dtype == torch.bool or y.dim() != 1:
             raise ElitError(f"labels must be whole numbers, one per sample, not {y.dtype} of shape {tuple(y.shape)}")
         classes = self.config.num_classes
         wrong = y[(y < 0) | (y >= classes)]
         if len(wrong):
             raise ElitError(f"label {int(wrong[0])} does not exist; the model knows 0..{classes - 1}")
-        return y.to(self.device)
+        return y.to(self.device, torch.long)
 
     def null_condition(self, y: Condition) -> Condition:
         """Returns the condition "no class" (or the empty prompt) for each of y."""

@@ -16,7 +16,7 @@ from elit.errors import ElitError
 from elit.interface import triple
 from elit.interface.grid import Triple
 from elit.layers import FinalLayer, Linear, TimeEmbed, init_model, residual
-from elit.models.transformer import Encoded, Transformer, TransformerConfig, patchify, unpatchify
+from elit.models.transformer import Encoded, Transformer, TransformerConfig, check_batch, patchify, unpatchify
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class DFM(Transformer):
             raise ElitError(
                 f"{len(x)} stages at times of shape {tuple(t.shape)}; the model takes {stages} at (batch, {stages})"
             )
+        for stage in x:
+            check_batch(len(stage), t, y, stages)
         sizes = [self.check_size(stage, y, patch) for stage, patch in zip(x, self.patches, strict=True)]
         if len(set(sizes)) > 1:
             raise ElitError(f"the stages have {sizes} tokens; each must be half the size of the next")

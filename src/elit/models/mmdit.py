@@ -18,7 +18,7 @@ from elit.errors import ElitError
 from elit.interface.grid import Triple
 from elit.layers import Block, Linear, Modulation, QKNorm, Rotary, layer_norm, modulate, qk_norm_pair, residual
 from elit.models.dit import DiT
-from elit.models.transformer import Stream, TransformerConfig
+from elit.models.transformer import Stream, TransformerConfig, check_batch
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class MMDiT(DiT):
         return Text(residual(self.text_embed(y.tokens)), y.mask)
 
     def check_input(self, x: Tensor, t: Tensor, y: Text | None) -> Triple:
-        self.check_text(y)
+        check_batch(len(x), t, self.check_text(y))
         return self.check_size(x, None, self.patch)
 
     # -------------------------------------------------------------------------------------------- text

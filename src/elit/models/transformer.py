@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elit.conditions import Text
+from elit.conditions import Text, condition_size
 from elit.errors import ElitError
 from elit.interface import InterfaceConfig, LatentInterface, coordinates, triple
 from elit.interface.grid import Triple, position_axes
@@ -59,6 +59,8 @@ class TransformerConfig:
     interface: InterfaceConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.positions not in ("rotary", "sincos"):
+            raise ElitError(f"no positions are named {self.positions!r}; there are rotary and sincos")
         if self.num_heads < 1 or self.width % self.num_heads or (self.width // self.num_heads) % 2:
             raise ElitError(f"width {self.width} does not give {self.num_heads} heads of an even size")
         if self.interface and (min(self.head_depth, self.tail_depth) < 0 or self.core_depth < 1):
@@ -265,12 +267,12 @@ class Transformer(Model):
             groups.setdefault((level, effect is not None), []).append(i)
         cores = []
         for (level, _), group in groups.items():
-            of_group = as_rows([rows[i] for i in group], len(encoded.condition))
+            of_group = as_rows([rows[i] for i in group], encoded.condition)
             given = [effect for i in group if (effect := effects[i]) is not None]
             cores.append(self.core(encoded, level, of_group, latents, given))
         # A sample that is wanted at two levels is decoded twice, in two batches: none is larger than the caller chose.
         batches = [[core] for core in cores] if repeated else [cores]
-        order = torch.tensor([i for group in groups.values() for i in group])
+        order = [i for group in groups.values() for i in group]
         velocity = in_order([self.decode(encoded, *batch) for batch in batches], order)
 
         def computed() -> dict[int, Effect]:
@@ -376,6 +378,7 @@ class Transformer(Model):
         Raises:
             ElitError: another shape than the model takes, or conditions that are missing or too many.
         """
+        check_batch(len(x), t, y)
         return self.check_size(x, y, triple(self.config.patch_size))
 
     def check_size(self, x: Tensor, y: Tensor | None, patch: Triple) -> Triple:
@@ -416,6 +419,19 @@ class Transformer(Model):
         return rotary(coordinates(size, axes, device), config.width // config.num_heads, config.rope_theta)
 
 
+def check_batch(batch_size: int, t: Tensor, y: Any, stages: int | None = None) -> None:
+    """Looks whether there is one time (or one for each stage) and one condition per sample.
+
+    Raises:
+        ElitError: there is not.
+    """
+    wanted = (batch_size,) if stages is None else (batch_size, stages)
+    if tuple(t.shape) != wanted:
+        raise ElitError(f"t has shape {tuple(t.shape)}; for this input it must be {wanted}")
+    if y is not None and (condition_size(y) != batch_size or (isinstance(y, Tensor) and y.dim() != 1)):
+        raise ElitError(f"{condition_size(y)} conditions for {batch_size} samples; give one for each")
+
+
 def take(x: Tensor, rows: Rows) -> Tensor:
     return x if rows is None else x[rows]
 
@@ -430,20 +446,22 @@ def text_effects(effects: Sequence[Effect], words: Tensor) -> Tensor:
     return torch.stack([F.pad(change, (0, 0, 0, words.shape[1] - len(change))) for change in changes])
 
 
-def as_rows(rows: Sequence[int], batch_size: int) -> Rows:
+def as_rows(rows: Sequence[int], batch: Tensor) -> Rows:
     """Returns rows as they are selected fastest: None for all in order, a slice for a run, else an index."""
     first, end = rows[0], rows[-1] + 1
     if list(rows) != list(range(first, end)):
-        return torch.tensor(rows)
-    return None if end - first == batch_size else slice(first, end)
+        return torch.tensor(rows, device=batch.device)
+    return None if end - first == len(batch) else slice(first, end)
 
 
-def in_order(batches: Sequence[Any], order: Tensor) -> Any:
+def in_order(batches: Sequence[Any], order: list[int]) -> Any:
     """Puts samples that were computed in batches and in some order, tensors or lists of tensors, back into place."""
     if isinstance(batches[0], list):
         return [in_order(stage, order) for stage in zip(*batches, strict=True)]
     x = cat(batches)
-    return x if order.equal(torch.arange(len(order))) else x[order.argsort()]
+    if order == list(range(len(order))):
+        return x
+    return x[torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=x.device)]
 
 
 def patchify(x: Tensor, size: Triple, patch: Triple) -> Tensor:

@@ -46,7 +46,8 @@ def training_levels(config: ElasticConfig, model: Model) -> TrainingLevels:
         raise ElitError(f"elit.weights lists {len(config.weights)} for {len(levels)} levels, {levels}")
     if min(config.weights) < 0 or not 0 < sum(config.weights) < math.inf:
         raise ElitError(f"elit.weights is {config.weights}; weights are at least 0, and not all 0")
-    return TrainingLevels(levels, tuple(config.weights))
+    drawn = [(level, weight) for level, weight in zip(levels, config.weights, strict=True) if weight > 0]
+    return TrainingLevels(tuple(level for level, _ in drawn), tuple(weight for _, weight in drawn))
 
 
 def _chosen(config: ElasticConfig) -> str:

@@ -43,6 +43,7 @@ from elit.training.optim import lr_factor
 from elit.training.parallelize import gather_full_tensors, shard_like
 
 RECORD = "training.json"
+FORMAT = 2  # of a checkpoint; 1 drew other noise, and without budgets trained the full one alone
 MUTABLE_ON_RESUME = {
     *("out", "resume", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "snapshot_every", "max_skipped"),
     *("validation", "trackers", "micro_batch_size", "parallel", "compile", "checkpoint_activations", "deterministic"),
@@ -128,7 +129,7 @@ def save_checkpoint(run: Path, step: int, trained: Trained, extra: dict[str, Any
     target = run / "checkpoints" / name_of(step)
     if not main or target.exists():
         return
-    record = {"step": step, "averaged": int(trained.ema.n_averaged), **extra}
+    record = {"format": FORMAT, "step": step, "averaged": int(trained.ema.n_averaged), **extra}
     try:
         with atomic_folder(target) as folder:
             save_model(averaged, folder, weights)

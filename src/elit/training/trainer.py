@@ -369,6 +369,11 @@ class Trainer:
         if checkpoint is None:
             return
         record = state.read_record(checkpoint)
+        if record.get("format", 1) != state.FORMAT and checkpoint.parent.parent.resolve() == self.run.resolve():
+            raise ElitError(
+                f"{self.run} was started by an earlier version, which drew other noise and levels; to go on from its "
+                f"weights in another run: --resume {self.run} --out ANOTHER"
+            )
         if record["step"] <= self.step:
             return
         state.restore_checkpoint(checkpoint, self.trained)
