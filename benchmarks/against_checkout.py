@@ -53,12 +53,13 @@ def imported_from(checkout: Path) -> Any:
     """Imports the ``elit`` of another checkout, beside the one that is imported already."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "elit"]:
         del sys.modules[name]
+    checkout = checkout.resolve()
     sys.path.insert(0, str(checkout / "src"))
     import elit as other
     import elit.conditions
     import elit.flow.pyramid
 
-    if not str(other.__file__).startswith(str(checkout.resolve())):
+    if not str(other.__file__).startswith(str(checkout)):
         raise SystemExit(f"{checkout} has no src/elit")
     return other
 
