@@ -153,6 +153,7 @@ def edited(folder: Path, **changes: Any) -> Path:
         ({"interface": {"group_size": 2, "levels": 3}}, "levels"),
         ({"interface": {"group_size": "big"}}, r"group_size.*big"),
         ({"interface": {"variant": "mine"}}, r"variant.*mine"),
+        ({"interface": {"group_size": [2, 2, 2, 2]}}, r"config.json: size .2, 2, 2, 2. is neither"),
         ({"interface": {"group_size": 3}}, "group size 3 does not divide the 4 tokens"),
         ({"interface": {"group_size": 2, "min_latents": 5}}, "min_latents is 5"),
         ({"patch_size": 3}, r"patch size .*3.* does not divide the input size"),
@@ -175,7 +176,7 @@ TYPES: dict[str, tuple[Any, ...]] = {  # of each kind of field, values of anothe
     "positions": (None, 3, ["rotary"], {"rotary": 1}),
     "input_size": (8.0, "8", True, ["8"], [8, 8.5], [True, 8], {"0": 8}, None),
     "interface": ("paper", 2, [2], True),
-    "interface.group_size": ([2], [2, 2, 2, 2], [1, 2, "2"], 2.0, None),
+    "interface.group_size": ([1, 2, "2"], 2.0, None),
     "interface.min_latents": ("1", 1.0, [1], False),
 }
 

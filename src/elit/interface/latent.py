@@ -54,6 +54,7 @@ class InterfaceConfig:
     levels: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        triple(self.group_size)  # tells what is no size
         if self.variant not in ("paper", "published"):
             raise ElitError(f"no interface variant is named {self.variant!r}; there are paper and published")
         if self.write_depth < 1:

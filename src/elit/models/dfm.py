@@ -80,11 +80,11 @@ class DFM(Transformer):
             raise ElitError(
                 f"{len(x)} stages at times of shape {tuple(t.shape)}; the model takes {stages} at (batch, {stages})"
             )
-        for stage in x:
-            check_batch(len(stage), t, y, stages)
         sizes = [self.check_size(stage, y, patch) for stage, patch in zip(x, self.patches, strict=True)]
         if len(set(sizes)) > 1:
             raise ElitError(f"the stages have {sizes} tokens; each must be half the size of the next")
+        for stage in x:
+            check_batch(len(stage), t, y, stages)
         return sizes[0]
 
     def embed_time(self, t: Tensor) -> Tensor:

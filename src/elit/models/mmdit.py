@@ -132,8 +132,9 @@ class MMDiT(DiT):
         return Text(residual(self.text_embed(y.tokens)), y.mask)
 
     def check_input(self, x: Tensor, t: Tensor, y: Text | None) -> Triple:
-        check_batch(len(x), t, self.check_text(y))
-        return self.check_size(x, None, self.patch)
+        text, size = self.check_text(y), self.check_size(x, None, self.patch)
+        check_batch(len(x), t, text)
+        return size
 
     # -------------------------------------------------------------------------------------------- text
 

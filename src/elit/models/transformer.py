@@ -378,8 +378,9 @@ class Transformer(Model):
         Raises:
             ElitError: another shape than the model takes, or conditions that are missing or too many.
         """
+        size = self.check_size(x, y, triple(self.config.patch_size))
         check_batch(len(x), t, y)
-        return self.check_size(x, y, triple(self.config.patch_size))
+        return size
 
     def check_size(self, x: Tensor, y: Tensor | None, patch: Triple) -> Triple:
         """Returns the token grid of a tensor cut into patches, after a look at its shape and labels.
