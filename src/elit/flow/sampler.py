@@ -176,8 +176,7 @@ class _Wanted:
         wrong = [each for each in self.guidance if not isinstance(each, Guidance | None)]
         if wrong:
             raise ElitError(f"guidance is {wrong[0]!r}; it must be an elit.Guidance, or a list with one (or None) each")
-        drops = any(each is not None and each.drops_condition for each in self.guidance)
-        self.null = model.null_condition(self.y) if drops and self.y is not None else None
+        self.null = None if self.y is None else model.null_condition(self.y)
         self.weak_levels = [None if each is None else weak_level(model, each) for each in self.guidance]
         if noise is not None and tuple(noise.shape) != (self.count, *self.flow.state_shape):
             raise ElitError(
