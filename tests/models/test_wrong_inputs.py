@@ -75,7 +75,6 @@ def test_numbers_of_numpy_are_numbers() -> None:
         ({"levels": (True, 4)}, "levels"),
         ({"levels": ()}, "levels"),
         ({"variant": "publishd"}, "publishd"),
-        ({"write_depth": 0}, "write_depth is 0"),
     ],
 )
 def test_an_interface_that_cannot_be_is_told(interface: dict[str, Any], told: str) -> None:

@@ -57,8 +57,6 @@ class InterfaceConfig:
         triple(self.group_size)  # tells what is no size
         if self.variant not in ("paper", "published"):
             raise ElitError(f"no interface variant is named {self.variant!r}; there are paper and published")
-        if self.write_depth < 1:
-            raise ElitError(f"write_depth is {self.write_depth}; Write has at least 1 layer")
 
 
 class Read(nn.Module):
