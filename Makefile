@@ -2,13 +2,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint benchmarks clean
+.PHONY: quickstart test test-all lint clean
 
 quickstart: $(VENV)/.installed  ## train a small elastic model on real digits and open the trade-off (under 10 minutes)
 	$(BIN)/elit quickstart --out runs/quickstart
 
-test: $(VENV)/.installed lint  ## lint, types and all tests
-	$(BIN)/python -m pytest --cov --cov-report=term
+test: $(VENV)/.installed lint  ## lint, types and all tests but the slow ones
+	$(BIN)/python -m pytest --cov --cov-report=term -m "not slow"
+
+test-all: $(VENV)/.installed lint  ## lint, types and all tests
+	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
