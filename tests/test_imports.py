@@ -20,7 +20,8 @@ ALLOWED = {
     "evaluation": BESIDE_FLOW,
     "analysis": BESIDE_FLOW,
     "training": BESIDE_FLOW | {"evaluation", "analysis"},
-    "commands": BESIDE_FLOW | {"evaluation", "analysis", "training"},
+    "serving": BESIDE_FLOW | {"evaluation", "analysis"},
+    "commands": BESIDE_FLOW | {"evaluation", "analysis", "training", "serving"},
 }
 """What each package may use, beside itself and the base modules."""
 

@@ -93,3 +93,12 @@ def score(path: Path, x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """
     alpha, sigma, d_alpha, d_sigma = path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t)
     return (alpha * v - d_alpha * x_t) / (sigma * (d_alpha * sigma - alpha * d_sigma))
+
+
+def data_estimate(path: Path, x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """Computes the data that x_t and the velocity v there point to.
+
+    On the linear path it is ``x - t v``.
+    """
+    alpha, sigma, d_alpha, d_sigma = path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t)
+    return (d_sigma * x_t - sigma * v) / (alpha * d_sigma - sigma * d_alpha)

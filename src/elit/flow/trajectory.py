@@ -17,7 +17,7 @@ from elit.conditions import Condition, cat_conditions, select_condition
 from elit.flow.caching import Cache, EffectMemory
 from elit.flow.guidance import Guidance
 from elit.flow.matching import Flow, FlowMatching
-from elit.flow.paths import Path, path_named
+from elit.flow.paths import Path, data_estimate, path_named
 from elit.flow.pyramid import PyramidFlow
 from elit.flow.solvers import Moment, Solver, Step, StepGenerator
 from elit.models import Effect, Encoded, Model, Transformer
@@ -82,6 +82,7 @@ class Trajectory:
     Attributes:
         x: the states at the end of the last complete step, float64.
         step: how many steps are complete.
+        step_has_begun: whether the step after these has had an evaluation already and wants another.
         wanted: the evaluation that the solver waits for; None when the samples are done.
     """
 
@@ -113,6 +114,8 @@ class Trajectory:
         self.times = times
         self._times = times.to(device)  # once for all steps
         self.step = 0
+        self.step_has_begun = False
+        self._last: tuple[Evaluation, Tensor] | None = None
         self._solver = self._evaluations()
         self.wanted: Evaluation | None = next(self._solver, None)  # there may be no step
 
@@ -126,14 +129,32 @@ class Trajectory:
 
     def answer(self, velocity: Tensor) -> None:
         """Takes the velocity (B, *state_shape) that was wanted, and goes on to the next evaluation or to the end."""
+        assert self.wanted is not None
+        self._last = self.wanted, velocity
+        self.step_has_begun = True
         try:
             self.wanted = self._solver.send(velocity)
         except StopIteration:
             self.wanted = None
 
+    def set_level(self, level: int) -> None:
+        """Takes all samples on at another level J~, from the next step that has not begun."""
+        for of_step in self.levels[self.step + self.step_has_begun :]:
+            of_step[:] = [level] * len(of_step)  # in place: the evaluation that is wanted looks at it
+
     def samples(self) -> Tensor:
         """Returns the samples (B, C, H, W) in the model's space, float32."""
         return self.flow.to_samples(self.x.float())
+
+    def preview(self) -> Tensor:
+        """Returns what the samples would be if they went straight on from the last evaluation: (B, C, H, W), float32.
+
+        Before the first evaluation that is the noise.
+        """
+        if self._last is None:
+            return self.samples()
+        (x, moment, *_), velocity = self._last
+        return self.flow.to_samples(data_estimate(self.flow.path, x, velocity, moment.state).float())
 
     def _evaluations(self) -> Any:
         """Runs the solver step by step: a generator of evaluations, which is sent velocities."""
@@ -154,7 +175,7 @@ class Trajectory:
                     *(x, moment, moves, self.y, self.null, self.levels[step], self.guidance, self.weak_levels),
                     *(self.memories, skips),
                 )
-            self.step = step + 1
+            self.step, self.step_has_begun = step + 1, False
 
     def _moment(self, step: int) -> Moment:
         times = self._times[step]

@@ -1,0 +1,29 @@
+"""Serving: an engine that makes images on request, many at a time, at budgets that follow the load."""
+
+from elit.serving.engine import Engine, EngineOptions, EngineStatus, Observer, Ticket
+from elit.serving.request import (
+    EngineClosedError,
+    Event,
+    Failed,
+    Finished,
+    NotFiniteError,
+    Preview,
+    QueueFull,
+    Request,
+)
+
+__all__ = [
+    "Engine",
+    "EngineClosedError",
+    "EngineOptions",
+    "EngineStatus",
+    "Event",
+    "Failed",
+    "Finished",
+    "NotFiniteError",
+    "Observer",
+    "Preview",
+    "QueueFull",
+    "Request",
+    "Ticket",
+]
