@@ -1,5 +1,7 @@
 """Serving: an engine that makes images on request, many at a time, at budgets that follow the load."""
 
+from elit.serving.controller import ControllerOptions
+from elit.serving.costs import CostTable
 from elit.serving.engine import Engine, EngineOptions, EngineStatus, Observer, Ticket
 from elit.serving.request import (
     EngineClosedError,
@@ -13,6 +15,8 @@ from elit.serving.request import (
 )
 
 __all__ = [
+    "ControllerOptions",
+    "CostTable",
     "Engine",
     "EngineClosedError",
     "EngineOptions",

@@ -13,11 +13,15 @@ from typing import Self
 
 import torch
 
-from elit.analysis.calibration import Calibration
+from elit.analysis.calibration import Calibration, choose_levels
 from elit.errors import ElitError
-from elit.flow import Trajectory, advance, trajectories
+from elit.flow import Trajectory, advance, trajectories, weak_level
+from elit.flow.solvers import solver_named
 from elit.interface import check_budget
 from elit.models import Model
+from elit.serving.controller import ControllerOptions
+from elit.serving.costs import MEASURED_LEVELS, CostTable, measure_costs
+from elit.serving.job import Job
 from elit.serving.request import (
     EngineClosedError,
     Event,
@@ -30,7 +34,7 @@ from elit.serving.request import (
     Request,
     check_seconds,
 )
-from elit.serving.scheduler import Job, Scheduler
+from elit.serving.scheduler import Scheduler, SchedulerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +50,10 @@ class EngineOptions:
             leaves every image at the highest budget.
         min_budget: the floor below which the controller never goes; None is the lowest that was trained.
         queue_limit: how many requests may wait for their first step; more are refused with :class:`QueueFull`.
-        max_work: the most work in one batch, in units of one full-budget evaluation of one image; None is chosen by
-            :meth:`Engine.warm_up`.
+        refuse_late: whether to refuse a request, likewise, that is predicted to miss its objective even at the floor.
+        max_work: the most work in one batch, in units of one full-budget evaluation of one image; None is the smallest
+            batch of nearly the best throughput, as :meth:`Engine.warm_up` measures it.
+        controller: how the budget follows the load, see :class:`ControllerOptions`.
         stuck_after: seconds after which a step that has not ended counts as stuck.
         exit_on_death: whether the process ends when the engine's thread dies of an error.
         path: ``linear`` or ``cosine``, as the model was trained.
@@ -59,7 +65,9 @@ class EngineOptions:
     latency_objective: float | None = None
     min_budget: float | None = None
     queue_limit: int = 1024
+    refuse_late: bool = False
     max_work: float | None = None
+    controller: ControllerOptions = field(default_factory=ControllerOptions)
     stuck_after: float = 30.0
     exit_on_death: bool = False
     path: str = "linear"
@@ -90,6 +98,7 @@ class EngineStatus:
         budget: what the controller gives at present to requests without a budget of their own.
         delivered: how many steps of how many images were done so far, by budget.
         step_seconds: of the last batch.
+        max_work: the most work in one batch at present; running out of memory halves it.
         finished, failed, cancelled, refused: requests so far.
     """
 
@@ -101,6 +110,7 @@ class EngineStatus:
     budget: float
     delivered: dict[float, int]
     step_seconds: float | None
+    max_work: float
     finished: int
     failed: int
     cancelled: int
@@ -129,16 +139,20 @@ class Observer:
         """One request found the queue full."""
 
 
-@dataclass(eq=False)
 class Ticket:
-    """Stands for one request that an engine took."""
+    """Stands for one request that an engine took. ``cancel`` takes it back."""
 
-    request: Request
-    _cancel: Callable[["Ticket"], bool]
-    _on_event: OnEvent
-    _job: Job
-    _trajectory: Trajectory | None = None
-    _previews: set[int] = field(default_factory=set)
+    def __init__(self, request: Request, job: Job, on_event: OnEvent, cancel: Callable[["Ticket"], bool]) -> None:
+        self.request, self.job, self.on_event = request, job, on_event
+        self.previews = request.preview_steps()
+        self.started: Trajectory | None = None
+        self._cancel = cancel
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """What was started of it; the engine's thread alone looks at it."""
+        assert self.started is not None
+        return self.started
 
     def cancel(self) -> bool:
         """Takes the request back; its rows are gone by the next step.
@@ -162,8 +176,10 @@ class Engine:
         model: any model of this library. From :meth:`start` on it belongs to the engine's thread.
         options: see :class:`EngineOptions`.
         calibration: the planner's measurement of this model on this machine, in place of :meth:`warm_up`'s.
+        scheduler: the class that decides what runs next.
 
     Attributes:
+        costs: seconds by level and batch size, as :meth:`warm_up` measured them; None before.
         observers: told of everything that happens; add yours before :meth:`start`.
 
     Raises:
@@ -171,14 +187,29 @@ class Engine:
     """
 
     def __init__(
-        self, model: Model, options: EngineOptions | None = None, calibration: Calibration | None = None
+        self,
+        model: Model,
+        options: EngineOptions | None = None,
+        calibration: Calibration | None = None,
+        scheduler: type[Scheduler] = Scheduler,
     ) -> None:
         self.model = model
         self.options = options or EngineOptions()
         self.calibration = calibration
+        self.costs: CostTable | None = None
         self.observers: list[Observer] = []
-        self._full, self._floor = model.level(None), model.level(self.options.min_budget)
-        self._scheduler = Scheduler()
+        levels = serving_levels(model, self.options.min_budget)
+        self._scheduler = scheduler(
+            CostTable.unmeasured(levels),
+            SchedulerOptions(
+                levels=levels,
+                max_work=self.options.max_work or 1.0,
+                latency_objective=self.options.latency_objective,
+                queue_limit=self.options.queue_limit,
+                refuse_late=self.options.refuse_late,
+                controller=self.options.controller,
+            ),
+        )
         self._tickets: dict[Job, Ticket] = {}
         self._changed = threading.Condition()  # guards everything that threads share
         self._thread: threading.Thread | None = None
@@ -239,21 +270,21 @@ class Engine:
             EngineClosedError: the engine is closing, or its thread is dead.
         """
         request.check(self.model)
-        now = time.monotonic()
-        objective = request.latency_objective or self.options.latency_objective or 0.0
-        job = Job(now, now + objective, request.steps, self.model.level(request.budget))
-        ticket = Ticket(request, self._cancel, on_event, job, _previews=request.preview_steps())
+        job = new_job(request, self.model, time.monotonic())
+        ticket = Ticket(request, job, on_event, self._cancel)
         with self._changed:
             if self._is_closing or self._is_dead:
                 raise EngineClosedError("the engine takes no more requests")
-            if (queued := self._scheduler.queued) < self.options.queue_limit:
+            wait = self._scheduler.refusal(job, job.arrival)
+            if wait is None:
                 self._scheduler.add(job)
                 self._tickets[job] = ticket
                 self._changed.notify_all()
                 return ticket
             self._counts["refused"] += 1
+            queued = self._scheduler.queued
         self._observe("refused", request)
-        raise QueueFull(queued, retry_after=1.0)
+        raise QueueFull(queued, max(1.0, wait))
 
     async def generate(self, request: Request) -> AsyncIterator[Event]:
         """Yields the events of one request; the last is :class:`Finished` or :class:`Failed`.
@@ -283,9 +314,9 @@ class Engine:
     def _forget(self, ticket: Ticket, outcome: str) -> bool:
         """Takes a request out and counts what became of it; False if it was taken out before."""
         with self._changed:
-            if self._tickets.pop(ticket._job, None) is None:
+            if self._tickets.pop(ticket.job, None) is None:
                 return False
-            self._scheduler.remove(ticket._job)
+            self._scheduler.remove(ticket.job)
             self._counts[outcome] += 1
             self._changed.notify_all()
             return True
@@ -304,9 +335,10 @@ class Engine:
                 stuck_since=time.time() - running if running > self.options.stuck_after else None,
                 queued=queued,
                 in_flight=len(self._scheduler) - queued,
-                budget=self._budget(self._full),
+                budget=self._budget(self._scheduler.level),
                 delivered=dict(self._delivered),
                 step_seconds=self._step_seconds,
+                max_work=self._scheduler.max_work,
                 **{name: self._counts[name] for name in ("finished", "failed", "cancelled", "refused")},
             )
 
@@ -326,9 +358,6 @@ class Engine:
         try:
             with torch.no_grad():
                 self.warm_up()
-                with self._changed:
-                    self._is_warm = True
-                    self._changed.notify_all()
                 while batch := self._next_batch():
                     self._step(batch)
         except BaseException as error:
@@ -346,9 +375,22 @@ class Engine:
             os._exit(1)
 
     def warm_up(self) -> None:
-        """Runs the model once, before the first request."""
-        (trajectory,) = trajectories(self.model, [0] if self.model.conditional else None, seeds=[0], steps=1)
-        advance(self.model, [trajectory])
+        """Measures what every level and batch size costs on this machine, once; :meth:`start` does it in its thread.
+
+        A calibration, where the engine has one, saves the measuring.
+        """
+        if self._is_warm:
+            return
+        most = self.options.max_work
+        with torch.no_grad():
+            if self.calibration is None:
+                self.costs = measure_costs(self.model, self.options.path, most)
+            else:
+                self.costs = CostTable.from_calibration(self.calibration)
+        with self._changed:
+            self._scheduler.set_costs(self.costs, most or self.costs.saturating_work())
+            self._is_warm = True
+            self._changed.notify_all()
 
     def _next_batch(self) -> list[Ticket]:
         """Waits for requests and returns those of the next batch; none when the engine is closed and empty."""
@@ -361,54 +403,80 @@ class Engine:
 
     def _step(self, batch: Sequence[Ticket]) -> None:
         """Advances a batch by one evaluation and sends what there is to say of it."""
-        batch = [ticket for ticket in batch if self._begin(ticket)]
-        before = [self._trajectory(ticket).step for ticket in batch]
-        batch_of = [self._trajectory(ticket) for ticket in batch]
-        advance(self.model, batch_of)
-        finite = [bool(trajectory.x.isfinite().all()) for trajectory in batch_of]  # waits for the device
+        begun = [ticket for ticket in batch if self._begin(ticket)]
+        before = {ticket: ticket.trajectory.step for ticket in begun}
+        advanced = self._advance(begun) if begun else []
+        finite = are_finite([ticket.trajectory for ticket in advanced])  # waits for the device
         now = time.monotonic()
-        budgets = [self._budget(ticket._job.level) for ticket in batch]
+        budgets = [self._budget(ticket.job.level) for ticket in advanced]
         with self._changed:
             assert self._step_began is not None
-            self._step_seconds, self._step_began = now - self._step_began, None
+            seconds, self._step_began = now - self._step_began, None
+            if not advanced:
+                return
+            self._step_seconds = seconds
+            self._scheduler.advanced([ticket.job for ticket in advanced], seconds)
             self._delivered.update(budgets)
-        self._observe("stepped", self._step_seconds, budgets)
-        for ticket, step, good in zip(batch, before, finite, strict=True):
-            trajectory = self._trajectory(ticket)
-            ticket._job.step = trajectory.step
+        self._observe("stepped", seconds, budgets)
+        for ticket, good in zip(advanced, finite, strict=True):
+            trajectory = ticket.trajectory
             if not good:
-                self._fail(ticket, NotFiniteError("the image became infinite or not a number"))
+                self._fail(ticket, NotFiniteError("the image became infinite or not a number on its way"))
             elif trajectory.is_done:
                 self._finish(ticket, now)
-            elif trajectory.step > step and trajectory.step in ticket._previews:
+            elif trajectory.step > before[ticket] and trajectory.step in ticket.previews:
                 self._send(ticket, Preview(trajectory.step, trajectory.steps, trajectory.preview()[0].cpu()))
 
+    def _advance(self, batch: Sequence[Ticket]) -> list[Ticket]:
+        """Does the next evaluation of a batch and returns those that had it.
+
+        Where there is not enough memory, the next batches are half as large. Where something else goes wrong, each
+        request is tried alone, and those for which it goes wrong again fail.
+        """
+        try:
+            advance(self.model, [ticket.trajectory for ticket in batch])
+            return list(batch)
+        except torch.AcceleratorError:  # the device is lost, and so is the engine
+            raise
+        except Exception as error:
+            if len(batch) == 1:
+                self._fail(batch[0], error)
+                return []
+            if not is_out_of_memory(error):
+                return [ticket for ticket in batch if self._advance([ticket])]
+        logger.warning("out of memory with %d images in a batch: batches are half as large from now on", len(batch))
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        with self._changed:
+            self._scheduler.halve_work([ticket.job for ticket in batch])
+        return []
+
     def _begin(self, ticket: Ticket) -> bool:
-        """Starts the trajectory of a request if it has none yet; returns whether it has one."""
-        if ticket._trajectory is None:
-            request = ticket.request
+        """Starts the trajectory of a request if it has none yet, and sets the level of its next step.
+
+        A request whose trajectory cannot be started fails.
+        """
+        request, job = ticket.request, ticket.job
+        if ticket.started is None:
             try:
-                (ticket._trajectory,) = trajectories(
+                (ticket.started,) = trajectories(
                     self.model,
                     request.labels(),
                     seeds=[request.seed],
-                    steps=request.steps,
+                    steps=job.steps,
                     solver=request.solver,
-                    budget=request.budget,
                     guidance=request.guidance,
                     path=self.options.path,
                 )
             except Exception as error:
                 self._fail(ticket, error)
                 return False
+        if ticket.trajectory.levels[job.step][0] != job.level and not job.step_has_begun:
+            ticket.trajectory.set_level(job.level)
         return True
 
-    def _trajectory(self, ticket: Ticket) -> Trajectory:
-        assert ticket._trajectory is not None
-        return ticket._trajectory
-
     def _finish(self, ticket: Ticket, now: float) -> None:
-        trajectory, job = self._trajectory(ticket), ticket._job
+        trajectory, job = ticket.trajectory, ticket.job
         assert job.started is not None
         result = Finished(
             sample=trajectory.samples()[0].cpu(),
@@ -436,16 +504,57 @@ class Engine:
     def _send(self, ticket: Ticket, event: Event) -> None:
         """Sends an event of a request that goes on; one whose receiver fails is cancelled."""
         with self._changed:
-            if ticket._job not in self._tickets:
+            if ticket.job not in self._tickets:
                 return
         if not self._tell(ticket, event):
             ticket.cancel()
 
     def _tell(self, ticket: Ticket, event: Event) -> bool:
         try:
-            ticket._on_event(event)
+            ticket.on_event(event)
         except Exception as error:
             with suppress(Exception):
                 logger.warning("the receiver of an event failed: %r", error)
             return False
         return True
+
+
+def serving_levels(model: Model, min_budget: float | None) -> tuple[int, ...]:
+    """Returns the levels that a controller chooses from: the floor, and those above it whose cost is measured.
+
+    Raises:
+        ElitError: a floor that the model was not trained for.
+    """
+    floor = model.levels[0] if min_budget is None and model.levels else model.level(min_budget)
+    return (floor, *(level for level in choose_levels(model.levels, MEASURED_LEVELS) if level > floor))
+
+
+def new_job(request: Request, model: Model, now: float) -> Job:
+    """Describes a request to the scheduler."""
+    guidance, solver = request.guidance, solver_named(request.solver)
+    guided = 0.0 if guidance is None else guidance.active(solver.times(request.steps)[:-1]).float().mean().item()
+    return Job(
+        arrival=now,
+        steps=request.steps,
+        level=model.level(request.budget),
+        evaluations=solver.evaluations,
+        budget_is_fixed=request.budget is not None,
+        min_level=0 if request.min_budget is None else model.level(request.min_budget),
+        weak="none" if guidance is None else guidance.kind,
+        weak_level=0 if guidance is None else weak_level(model, guidance) or 0,
+        guided=guided,
+        latency_objective=request.latency_objective,
+    )
+
+
+def are_finite(flight: Sequence[Trajectory]) -> list[bool]:
+    """Tells of each trajectory whether its state is finite."""
+    if not flight:
+        return []
+    finite: list[bool] = torch.cat([trajectory.x for trajectory in flight]).flatten(1).isfinite().all(1).tolist()
+    return finite
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tells whether there was not enough memory, on a GPU or elsewhere."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

@@ -1,39 +1,60 @@
-"""Decides what runs next: pure bookkeeping of jobs, without tensors, threads or a clock of its own."""
+"""Decides what runs next: bookkeeping of jobs without tensors, threads or a clock of its own.
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+The engine and the simulator run the same code, the one on a device and the other on a virtual clock.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from elit.serving.controller import ControllerOptions, Load, choose_level, predicted_finishes
+from elit.serving.costs import CostTable
+from elit.serving.job import Job, batch_seconds
+
+ALONE = 2.0  # a job that cannot keep the objective even alone gets so many times what it takes alone
+SMOOTHING = 0.1  # weight of the last batch in the running ratio of measured to predicted seconds
+WILDEST = 4.0  # a batch that took more times what was predicted was disturbed: it counts as so many
 
 
-@dataclass(eq=False, slots=True)
-class Job:
-    """One image as the scheduler sees it.
+@dataclass(frozen=True)
+class SchedulerOptions:
+    """Settings of a scheduler.
 
     Attributes:
-        arrival, deadline: on the clock of the caller, in seconds.
-        steps: number of steps.
-        level: J~ of its next step.
-        step: how many steps are complete.
-        started: when its first step began; None while it waits.
+        levels: those that the controller chooses from, ascending.
+        max_work: the most work in a batch, in rows at the highest level.
+        latency_objective: seconds from arrival to the end; None for no objective, and always the highest level.
+        queue_limit: how many jobs may wait for their first step.
+        refuse_late: whether to refuse a job that is predicted to miss its deadline even at the lowest levels.
+        controller: see :class:`~elit.serving.controller.ControllerOptions`.
     """
 
-    arrival: float
-    deadline: float
-    steps: int
-    level: int
-    step: int = 0
-    started: float | None = None
+    levels: tuple[int, ...]
+    max_work: float
+    latency_objective: float | None = None
+    queue_limit: int = 1024
+    refuse_late: bool = False
+    controller: ControllerOptions = field(default_factory=ControllerOptions)
 
 
 class Scheduler:
-    """Holds the jobs that are not finished and chooses those of the next batch.
+    """Holds the jobs that are not finished, chooses those of the next batch, and asks the controller for their level.
 
     Args:
-        max_work: the most rows in a batch.
+        costs: of this machine.
+        options: see :class:`SchedulerOptions`.
+
+    Attributes:
+        level: what the controller gives at present.
+        max_work: the most work in a batch at present.
+        slowdown: how much longer batches take than the costs say, lately.
     """
 
-    def __init__(self, max_work: float = 8) -> None:
-        self.max_work = max_work
+    def __init__(self, costs: CostTable, options: SchedulerOptions) -> None:
+        self.costs, self.options, self.max_work = costs, options, options.max_work
+        self.level = options.levels[-1]
+        self.slowdown = 1.0
         self._jobs: dict[Job, None] = {}  # in order of arrival
+        self._batches_since = 0  # the last decision
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -47,17 +68,97 @@ class Scheduler:
         return sum(job.started is None for job in self._jobs)
 
     def add(self, job: Job) -> None:
-        """Takes a job."""
+        """Takes a job and sets its deadline."""
+        job.deadline = self._deadline(job)
+        if not self._jobs:
+            self._batches_since = self.options.controller.every  # after a pause, decide at once
         self._jobs[job] = None
 
     def remove(self, job: Job) -> None:
         """Forgets a job that is finished, failed or cancelled."""
         del self._jobs[job]
 
+    def set_costs(self, costs: CostTable, max_work: float) -> None:
+        """Takes what was measured in place of what it began with."""
+        self.costs, self.max_work, self.slowdown = costs, max_work, 1.0
+        for job in self._jobs:
+            job.deadline = self._deadline(job)
+
+    def halve_work(self, jobs: Sequence[Job]) -> None:
+        """Makes batches at most half as large as that of some jobs, which did not fit into memory."""
+        self.max_work = min(self.max_work, sum(job.work(job.level, self.costs) for job in jobs)) / 2
+
+    def _deadline(self, job: Job) -> float:
+        """Returns when a job should be finished.
+
+        One that could not keep the objective even if it were alone, at the lowest level that it allows, gets twice the
+        time that this takes: it would otherwise pull everybody's budget down in vain.
+        """
+        objective = job.latency_objective or self.options.latency_objective
+        if objective is None:
+            return float("inf")
+        first, behind = job.rows(job.at(self.options.levels[0]))
+        alone = job.remaining * (self.costs.forward(first) + self.costs.forward(behind))
+        return job.arrival + max(objective, ALONE * alone)
+
     def next_batch(self, now: float) -> list[Job]:
-        """Chooses the jobs that take their next evaluation together, the earliest deadline first."""
-        batch = sorted(self._jobs, key=lambda job: job.deadline)[: max(1, int(self.max_work))]
+        """Chooses the jobs that take their next evaluation together, and sets the levels of steps that begin."""
+        jobs = sorted(self._jobs, key=in_order)
+        if self._batches_since >= self.options.controller.every:
+            self._decide(jobs, now)
+        self._batches_since += 1
+        batch: list[Job] = []
+        work = 0.0
+        for job in jobs:
+            if not job.step_has_begun:
+                job.level = job.at(self.level)
+            work += job.work(job.level, self.costs)
+            if batch and work > self.max_work:
+                break
+            batch.append(job)
         for job in batch:
             if job.started is None:
                 job.started = now
         return batch
+
+    def _decide(self, jobs: Sequence[Job], now: float) -> None:
+        """Asks the controller for the level of the jobs that have no fixed one."""
+        self._batches_since = 0
+        self.level = choose_level(self._load(jobs, now), self.level, self.options.levels, self.options.controller)
+
+    def _load(self, jobs: Sequence[Job], now: float) -> Load:
+        """Returns what the controller looks at."""
+        return Load(jobs, now, self.costs, self.max_work, self.slowdown)
+
+    def advanced(self, batch: Sequence[Job], seconds: float) -> None:
+        """Notes that a batch took its evaluation, and how long that was."""
+        predicted = batch_seconds(batch, self.costs)
+        if predicted:
+            self.slowdown += SMOOTHING * (min(seconds / predicted, WILDEST) - self.slowdown)
+        for job in batch:
+            job.evaluate()
+
+    def refusal(self, job: Job, now: float) -> float | None:
+        """Returns None where a job may come in, else the seconds after which it is worth trying again."""
+        job.deadline = self._deadline(job)
+        if self.queued >= self.options.queue_limit:
+            late = self._predicted_finish(job, now) - now
+        elif self.options.refuse_late:
+            late = self._predicted_finish(job, now) - job.deadline
+        else:
+            return None
+        return late if late > 0 else None
+
+    def _predicted_finish(self, job: Job, now: float) -> float:
+        """Predicts when a job would be finished if it came in now, at the lowest levels that everybody allows."""
+        jobs = sorted([*self._jobs, job], key=in_order)
+        finishes = predicted_finishes(self._load(jobs, now), self.options.levels[0])
+        return next(finish for each, finish in zip(jobs, finishes, strict=True) if each is job)
+
+
+def in_order(job: Job) -> tuple[float, float]:
+    """Orders jobs: the earliest deadline first, and of equal deadlines the earliest arrival.
+
+    A deadline is a moment that all later arrivals are behind sooner or later, so nobody waits for ever.
+    """
+    return job.deadline, job.arrival
