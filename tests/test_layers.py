@@ -98,6 +98,19 @@ def test_a_rotary_table_is_the_one_computed_and_is_not_saved() -> None:
     assert table.state_dict() == {}
 
 
+def test_a_rotary_table_is_computed_when_it_leaves_the_meta_device() -> None:
+    """By a move, which a table of no values cannot follow by copying, or for weights that are loaded afterwards."""
+    positions = coordinates((1, 3, 4))
+    with torch.device("meta"):
+        tables = [RotaryTable(positions, 8, THETA).half() for _ in range(2)]
+        assert all(value.is_meta for table in tables for value in table())
+    expected = rotary(positions, 8, THETA)
+    for table in (tables[0].to("cpu"), tables[1].to_empty(device="cpu")):
+        assert all(torch.equal(*pair) for pair in zip(table(), expected, strict=True))
+        assert table.to("meta")().cos.is_meta
+        assert all(torch.equal(*pair) for pair in zip(table.to("cpu")(), expected, strict=True))
+
+
 def test_the_sincos_table_is_that_of_dit() -> None:
     """Every entry by its formula (half the channels for the column, half for the row; sines, then cosines)."""
     width, table = 16, sincos_table(coordinates((1, 3, 5)), 16)

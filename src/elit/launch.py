@@ -25,16 +25,17 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def default_device(name: str = "auto") -> torch.device:
+def default_device(name: torch.device | str = "auto") -> torch.device:
     """Returns a device by name.
 
     Args:
-        name: ``cpu``, ``cuda:1`` and so on as PyTorch has them. ``cuda`` is the GPU of this process, and ``auto`` is
-            that GPU where there is one and else the CPU.
+        name: ``cpu``, ``cuda:1`` and so on as PyTorch has them, or the device itself. ``cuda`` is the GPU of this
+            process, and ``auto`` is that GPU where there is one and else the CPU.
 
     Raises:
         ElitError: there is no such device here, or it is Apple's MPS, which has no float64.
     """
+    name = str(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":

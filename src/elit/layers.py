@@ -113,7 +113,12 @@ def rotate(x: Tensor, rope: Rotary) -> Tensor:
 class RotaryTable(nn.Module):
     """Keeps a :func:`rotary` table beside the weights, so that a forward on the grid of training computes none.
 
-    It moves with its module but stays float32: bfloat16 has 8 bits, too few for positions.
+    It moves with its module but stays float32: bfloat16 has 8 bits, too few for positions. On the ``meta`` device it is
+    empty, and it is computed when its module leaves that device.
+
+    Args:
+        positions: (L, A), on the CPU.
+        head_dim, theta: as for :func:`rotary`.
     """
 
     cos: Tensor
@@ -121,16 +126,23 @@ class RotaryTable(nn.Module):
 
     def __init__(self, positions: Tensor, head_dim: int, theta: float) -> None:
         super().__init__()
-        table = rotary(positions, head_dim, theta)
-        self.register_buffer("cos", table.cos, persistent=False)
-        self.register_buffer("sin", table.sin, persistent=False)
+        self.arguments = positions, head_dim, theta
+        table, device = rotary(*self.arguments), torch.get_default_device()
+        self.register_buffer("cos", table.cos.to(device), persistent=False)
+        self.register_buffer("sin", table.sin.to(device), persistent=False)
 
     def forward(self) -> Rotary:
         return Rotary(self.cos, self.sin)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        device = fn(self.cos[:0]).device  # of what `fn` does to tensors, only the move is wanted here
-        self.cos, self.sin = self.cos.to(device), self.sin.to(device)
+        # Of what `fn` does to tensors, only the move is wanted here.
+        try:
+            device = fn(self.cos[:0]).device
+        except NotImplementedError:  # it copies, and from meta nothing can be copied
+            device = fn(torch.empty(0, device="cpu")).device
+        leaves_meta = self.cos.is_meta and device.type != "meta"
+        table = rotary(*self.arguments) if leaves_meta else self.forward()
+        self.cos, self.sin = table.cos.to(device), table.sin.to(device)
         return self
 
 
@@ -139,7 +151,8 @@ def sincos_table(positions: Tensor, width: int) -> Tensor:
 
     The first half of the channels encodes the column, the second half the row; in each, sines then cosines.
     """
-    frequencies = 10_000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    quarter = torch.arange(width // 4, dtype=torch.float64, device=positions.device)
+    frequencies = 10_000 ** (-quarter / (width / 4))
 
     def encode(position: Tensor) -> Tensor:
         angle = torch.outer(position.double(), frequencies)

@@ -9,9 +9,13 @@ from torch import Tensor
 from elit.atomic import atomic_file
 from elit.errors import ElitError
 
+ALIGNMENT = 64  # bytes, of torch's own tensors on a CPU
+
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads all tensors of a safetensors file.
+    """Maps all tensors of a safetensors file into memory.
+
+    They are read from the disk when they are first used. Changing one does not change the file.
 
     Raises:
         ElitError: it is missing or damaged.
@@ -20,11 +24,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        return {name: _aligned(tensor) for name, tensor in load_file(path).items()}
     except FileNotFoundError as error:
         raise ElitError(f"no weights: {path} does not exist") from error
     except (SafetensorError, OSError) as error:
         raise ElitError(f"{path} is damaged or not a safetensors file ({error}); copy or save it again") from error
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Returns a tensor that begins where one of torch's own would: matrix kernels round differently elsewhere.
+
+    It copies tensors of files that safetensors before 0.8 wrote, which begin at any multiple of 8 bytes.
+    """
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -38,7 +50,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
     with atomic_file(path) as temporary:
         try:
+            rights = temporary.stat().st_mode
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"format": "pt"})
+            temporary.chmod(rights)  # it makes files that only their owner can read
         except SafetensorError as error:  # what it makes of an error of the system
             raise ElitError(f"cannot write {path}: {error}") from error
 

@@ -95,11 +95,81 @@ def test_other_weights_of_the_same_names_can_be_saved(tmp_path: Path) -> None:
     assert torch.equal(elit.load(tmp_path).patch_embed.weight, other.patch_embed.weight)
 
 
-def test_loading_draws_nothing_that_shows(saved: Path) -> None:
-    torch.manual_seed(1)
-    first = elit.load(saved).state_dict()
-    torch.manual_seed(2)
-    assert all(torch.equal(value, first[name]) for name, value in elit.load(saved).state_dict().items())
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())
+def test_loading_draws_no_random_numbers(changes: dict[str, Any], tmp_path: Path) -> None:
+    tiny(**changes).save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    elit.load(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_loaded_model_can_be_trained_and_its_file_stays(saved: Path) -> None:
+    before = (saved / WEIGHTS).read_bytes()
+    model = elit.load(saved)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, p in tiny().named_parameters() if p.requires_grad
+    }
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert (saved / WEIGHTS).read_bytes() == before
+    assert not torch.equal(model.patch_embed.weight, elit.load(saved).patch_embed.weight)
+
+
+@pytest.mark.parametrize("shift", range(8, 64, 8))
+def test_weights_anywhere_in_a_file_give_the_same_bits(shift: int, saved: Path) -> None:
+    """Older versions of safetensors let them begin at any multiple of 8 bytes; kernels round by where they begin."""
+    expected = tiny()
+    x, t, y = inputs(expected, 1)
+    content = (saved / WEIGHTS).read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size] + b" " * shift
+    (saved / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+    assert torch.equal(elit.load(saved)(x, t, y), expected(x, t, y))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64], ids=str)
+def test_the_raw_weights_of_a_checkpoint(dtype: torch.dtype | None, saved: Path) -> None:
+    other = tiny(seed=5)
+    tensors = {f"raw.{name}": value for name, value in other.state_dict().items()}
+    save_file(tensors | {"optimizer": torch.zeros(1)}, saved / TRAINING)
+    model = elit.load(saved, weights="raw", dtype=dtype)
+    x, t, y = inputs(model, 2, dtype=model.dtype)
+    assert torch.equal(model(x, t, y), other.to(dtype)(x, t, y))
+
+
+@pytest.mark.parametrize(
+    ("argument", "why"),
+    [
+        ({"misspelt": 1}, "load has no option 'misspelt'; those of the Hub are revision, token"),
+        ({"device": "abacus"}, "there is no device 'abacus' here"),
+        ({"device": "cuda:77"}, "there is no device 'cuda:77' here"),
+        ({"device": "mps"}, "mps is not supported"),
+        ({"dtype": "bfloat16"}, r"dtype is 'bfloat16'; it must be a floating-point dtype of torch"),
+        ({"dtype": torch.int8}, r"dtype is torch.int8; it must be a floating-point dtype of torch"),
+        ({"weights": "best"}, "weights is 'best'; it is 'ema' or 'raw'"),
+    ],
+)
+def test_a_wrong_argument_is_named(argument: dict[str, Any], why: str, saved: Path) -> None:
+    for read in (elit.load, DiT.from_pretrained):
+        with pytest.raises(ElitError, match=why):
+            read(saved, **argument)
+
+
+def test_others_may_read_what_is_saved(saved: Path) -> None:
+    rights = {path.name: path.stat().st_mode & 0o777 for path in saved.iterdir()}
+    assert rights[WEIGHTS] == rights[CONFIG]
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [("ELIT-DiT-S/2", "# ELIT-DiT-S/2, "), ("SiT-S/4", "# SiT-S/4, "), ("ELIT-UViT-S/2", "# ELIT-UViT-S/2, ")],
+)
+def test_the_card_has_the_name_of_the_model(name: str, title: str, tmp_path: Path) -> None:
+    elit.create(name, resolution=128).save_pretrained(tmp_path / "named")
+    assert title in (tmp_path / "named/README.md").read_text()
+    tiny().save_pretrained(tmp_path / "unnamed")
+    assert "# ELIT-DiT-4x32/2, " in (tmp_path / "unnamed/README.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------ writing

@@ -486,7 +486,7 @@ def test_load_says_what_it_found(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         elit.load(tmp_path / "saved")
         golden("elit_sit_tiny")
     first, second = caplog.messages
-    assert f"{tmp_path / 'saved'} is a saved model: ema weights of a DiT" in first
+    assert f"{tmp_path / 'saved'} is a saved model: ema weights of SiT-4x96/2" in first
     assert "elit_sit_tiny.pt is a published checkpoint: ema of ELIT-SiT-8x96/2 with 2.1 M parameters" in second
     with pytest.raises(ElitError, match="says its num_heads itself"):
         elit.load(tmp_path / "saved", num_heads=4)

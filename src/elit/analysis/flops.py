@@ -19,7 +19,7 @@ from elit.flow.sampler import Steps
 from elit.flow.trajectory import remembered, terms_of
 from elit.interface import Budget
 from elit.models import Effect, Model, Transformer, TransformerConfig
-from elit.models.registry import model_class_of
+from elit.models.registry import build_on_meta
 
 PROMPT_LENGTH = 77  # tokens of the text that a forward of a model of text is measured with
 
@@ -174,8 +174,7 @@ def count_parameters(model: Model) -> int:
 
 def on_meta(config: TransformerConfig) -> Model:
     """Builds a model without memory, on the ``meta`` device: shapes only."""
-    with torch.device("meta"):
-        return model_class_of(config)(config).requires_grad_(False)
+    return build_on_meta(config).requires_grad_(False)
 
 
 def example_inputs(model: Model, batch_size: int) -> tuple[Any, Tensor, Condition | None]:

@@ -157,8 +157,9 @@ class LatentInterface(nn.Module):
             # Row g * J + j is latent j of window g; rows past the grid's tokens are kept for saving back only.
             self.latent_positions = nn.Parameter(torch.empty(self.MAX_POSITIONS, width))
         else:
-            self.window_table = RotaryTable(coordinates(self.grid.window, self.grid.axes), self.head_dim, rope_theta)
-            self.core_table = RotaryTable(self.positions(self.grid), self.head_dim, rope_theta)
+            in_window = coordinates(self.grid.window, self.grid.axes, "cpu")
+            self.window_table = RotaryTable(in_window, self.head_dim, rope_theta)
+            self.core_table = RotaryTable(self.positions(self.grid, "cpu"), self.head_dim, rope_theta)
         init_model(self)
 
     @property
@@ -251,7 +252,7 @@ class LatentInterface(nn.Module):
         # contiguous: the same layout at every level, also where flatten is a view, so that blocks compile once
         return Rotary(*(table.view(by_window)[:, :level].flatten(0, 1).contiguous() for table in (cos, sin)))
 
-    def positions(self, grid: TokenGrid, device: torch.device | None = None) -> Tensor:
+    def positions(self, grid: TokenGrid, device: torch.device | str | None = None) -> Tensor:
         """Returns the coordinates (G * J, A) of all latents: the index in the window, then those of the window."""
         place = coordinates(grid.shape, self.grid.axes, device)
         index = torch.arange(self.num_latents, device=device).repeat(grid.num_windows)

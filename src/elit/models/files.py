@@ -13,9 +13,10 @@ from elit import __version__
 from elit.atomic import atomic_file
 from elit.decode import decode
 from elit.errors import ElitError
+from elit.launch import default_device
 from elit.models.base import Model
-from elit.models.registry import ARCHITECTURES, model_class_of
-from elit.tensors import load_weights, read_tensors, write_tensors
+from elit.models.registry import ARCHITECTURES, build_on_meta, describe_name
+from elit.tensors import check_fit, read_tensors, write_tensors
 
 logger = logging.getLogger("elit")
 
@@ -23,6 +24,8 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HUB = "hf://"
 LOCAL = ("", ".", "..", "~", "runs")  # where paths begin that are no Hub ids; runs is where training writes by default
 TRAINING = "training.safetensors"  # beside them in the checkpoint of a run: raw weights (``raw.*``) and optimizer state
+RAW = "raw."
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 def save_model(model: Model, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
@@ -38,19 +41,27 @@ def save_model(model: Model, folder: str | Path, weights: dict[str, Tensor] | No
         path.write_text(json.dumps(described, indent=2) + "\n")
 
 
-def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> Model:
-    """Loads the model that :func:`save_model` wrote into a folder, in evaluation mode on the CPU, by default as saved.
+def load_model(
+    folder: str | Path, dtype: torch.dtype | None = None, raw: bool = False, device: torch.device | str = "cpu"
+) -> Model:
+    """Loads the model that :func:`save_model` wrote into a folder, in evaluation mode, by default as saved.
+
+    It is built without memory and given the mapped tensors themselves, so that its weights are in memory once at most.
+
+    Args:
+        raw: take the raw weights of a checkpoint, which training goes on from, in place of the average.
 
     Raises:
         ElitError: a missing, truncated or foreign file, an unknown key, or weights that do not fit the configuration.
     """
     folder = Path(folder)
-    config = read_config(folder / CONFIG)
-    tensors = read_tensors(folder / WEIGHTS)
-    saved = next((value.dtype for value in tensors.values() if value.is_floating_point()), None)
-    model = model_class_of(config)(config).to(dtype or saved)
-    load_weights(model, tensors, folder / WEIGHTS)
-    return model.eval()
+    file = folder / (TRAINING if raw else WEIGHTS)
+    model, tensors = build_on_meta(read_config(folder / CONFIG)), read_tensors(file)
+    if raw:
+        tensors = {name.removeprefix(RAW): value for name, value in tensors.items() if name.startswith(RAW)}
+    check_fit(model.state_dict(), tensors, file)
+    model.load_state_dict(tensors, assign=True)
+    return model.to(device, dtype or model.dtype).eval()
 
 
 def read_config(path: Path) -> Any:
@@ -154,18 +165,30 @@ def load(
         source: a run directory (its latest checkpoint), a folder written by ``save_pretrained``, a Hub id
             (``owner/name``), or a published checkpoint: a ``.pt`` file, or ``owner/name/file.pt`` on the Hub. With
             ``hf://`` before it an id is one of the Hub even where a folder has the owner's name.
-        weights: the moving average, or the raw weights that training goes on from.
-        device, dtype: where to put it, and in what precision (default: as saved).
-        num_heads, head_depth, tail_depth: what a published checkpoint of no published size leaves open.
-        untrained_levels: let the model run at every number of latents, also at those that it was not trained for and
-            that :class:`ElitError` would refuse. What it then gives may mean nothing.
-        hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for a Hub id.
+        weights: ``ema`` is the moving average of the weights, ``raw`` those that training goes on from.
+        device: where to put the model: ``cpu``, ``cuda``, ``cuda:1``, ...; ``auto`` is a GPU where there is one.
+        dtype: of the weights, such as ``torch.bfloat16``; None keeps that of the files.
+        num_heads: the number of attention heads, for a published checkpoint of a size that has no name: such a file
+            does not tell it.
+        head_depth, tail_depth: the numbers of blocks before Read and after Write, for the same files where they do not
+            tell them.
+        untrained_levels: let the model run with any number of latents. By default it refuses budgets below the lowest
+            that it was trained for, because what it then makes may mean nothing.
+        hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and ``force_download``, for a Hub id.
 
     Raises:
-        ElitError: nothing is there, it is damaged or not a model, or it leaves nothing open that is given.
+        ElitError: there is no model at ``source``, or its files are damaged or of something else; a published
+            checkpoint leaves something open that is not given, or ``num_heads``, ``head_depth`` or ``tail_depth`` is
+            given for a model that is none; or another argument has no meaning.
     """
     if weights not in ("ema", "raw"):
         raise ElitError(f"weights is {weights!r}; it is 'ema' or 'raw'")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ElitError(f"dtype is {dtype!r}; it must be a floating-point dtype of torch, such as torch.bfloat16")
+    unknown = sorted(hub.keys() - set(HUB_OPTIONS))
+    if unknown:
+        raise ElitError(f"load has no option {unknown[0]!r}; those of the Hub are {', '.join(HUB_OPTIONS)}")
+    device = default_device(device)
     path = resolve(source, **hub)
     overrides = {"num_heads": num_heads, "head_depth": head_depth, "tail_depth": tail_depth}
     if path.is_file():
@@ -177,10 +200,7 @@ def load(
     given = [name for name, value in overrides.items() if value is not None]
     if given:
         raise ElitError(f"{source} says its {given[0]} itself; only for a published .pt file can it be given")
-    model = load_model(path, dtype)
-    if weights == "raw":
-        raw = {k.removeprefix("raw."): v for k, v in read_tensors(path / TRAINING).items() if k.startswith("raw.")}
-        load_weights(model, raw, path / TRAINING)
+    model = load_model(path, dtype, weights == "raw", device)
     kind = "saved model" if path == Path(source) else "run directory" if Path(source).is_dir() else "model of the Hub"
-    logger.info("%s is a %s: %s weights of a %s from %s", source, kind, weights, type(model).__name__, path)
-    return (model.allow_untrained_levels() if untrained_levels else model).to(device)
+    logger.info("%s is a %s: %s weights of %s from %s", source, kind, weights, describe_name(model.config), path)
+    return model.allow_untrained_levels() if untrained_levels else model

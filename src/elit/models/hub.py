@@ -33,6 +33,8 @@ class HubModel(PyTorchModelHubMixin, library_name="elit"):
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """Writes the card that is saved beside the weights, for the author to complete."""
+        from elit.models.registry import describe_name  # it knows all models, and they know this class
+
         model: Any = self
         elastic = "no latent interface"
         if model.interface is not None:
@@ -40,7 +42,9 @@ class HubModel(PyTorchModelHubMixin, library_name="elit"):
             elastic = f"trained with {levels} of {model.num_latents} latents a window"
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         labels = "labels=[0, 1], " if model.config.num_classes else "prompts, " if model.takes_text else ""
-        return ModelCard(CARD.format(name=type(self).__name__, millions=millions, elastic=elastic, labels=labels))
+        return ModelCard(
+            CARD.format(name=describe_name(model.config), millions=millions, elastic=elastic, labels=labels)
+        )
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Writes ``config.json``, ``model.safetensors`` and a model card into a folder.

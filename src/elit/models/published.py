@@ -25,7 +25,7 @@ from elit.interface.budget import valid_levels
 from elit.models.base import Model
 from elit.models.dfm import DFMConfig
 from elit.models.dit import DiTConfig
-from elit.models.registry import NAME, RELEASED_SPLITS, SIZES, build
+from elit.models.registry import NAME, RELEASED_SPLITS, SIZES, build_on_meta, describe_name
 from elit.models.transformer import TransformerConfig
 from elit.tensors import check_fit
 
@@ -406,8 +406,7 @@ def model_of(found: Checkpoint, num_heads: int | None, head_depth: int | None, t
     config = recover_config(found, num_heads, head_depth, tail_depth)
     # Built without memory, and given the mapped tensors themselves instead of copies: the weights are in memory once at
     # most, and their pages can be dropped again. Changing them (training) does not change the file: the map is private.
-    with torch.device("meta"):
-        model = build(config)
+    model = build_on_meta(config)
     check_fit(to_published(model), found.tensors, found.source)
     model.load_state_dict(to_ours(found.tensors, model), assign=True)
     path = found.arg("path_type", str) or "linear"
@@ -419,24 +418,16 @@ def model_of(found: Checkpoint, num_heads: int | None, head_depth: int | None, t
 # ------------------------------------------------------------------------------------------------ converting
 
 
-def published_name(config: TransformerConfig) -> str:
-    """Returns the published name, ``ELIT-SiT-XL/2``; a size without a name is ``ELIT-SiT-8x96/2`` (depth, width)."""
-    family = ("ELIT-" if config.interface else "") + ("DFM-SiT" if isinstance(config, DFMConfig) else "SiT")
-    sizes = {dimensions: size for size, dimensions in SIZES.items()}
-    size = sizes.get((config.depth, config.width, config.num_heads), f"{config.depth}x{config.width}")
-    return f"{family}-{size}/{triple(config.patch_size)[1]}"
-
-
 def describe(model: Model) -> str:
     """Describes a model: ``ELIT-SiT-XL/2 with 705.1 M parameters``."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    return f"{published_name(model.config)} with {millions:.1f} M parameters"
+    return f"{describe_name(model.config)} with {millions:.1f} M parameters"
 
 
 def published_args(config: TransformerConfig) -> dict[str, Any]:
     """Returns the ``args`` from which the published code, and :func:`recover_config`, can rebuild a model."""
     args: dict[str, Any] = {
-        "model": published_name(config),
+        "model": describe_name(config),
         "num_classes": config.num_classes,
         "resolution": triple(config.input_size)[1] * DOWNSAMPLE,
         "qk_norm": config.qk_norm,

@@ -4,8 +4,12 @@ import re
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
 from elit.errors import ElitError
-from elit.interface import InterfaceConfig
+from elit.interface import InterfaceConfig, triple
 from elit.models.base import Model
 from elit.models.dfm import DFM, DFMConfig
 from elit.models.dit import DiT, DiTConfig
@@ -145,6 +149,35 @@ def create(name: str, resolution: int | tuple[int, int] = 256, downsample: int =
 def build(config: TransformerConfig) -> Model:
     """Builds the model that a configuration describes, with fresh weights."""
     return model_class_of(config)(config)
+
+
+def describe_name(config: TransformerConfig) -> str:
+    """Returns the name of a configuration's size, such as ``ELIT-DiT-B/2``, or one like ``ELIT-DiT-8x96/2`` (depth and
+    width) where the size has none."""
+    published, architecture = config.positions == "sincos", model_class_of(config).__name__
+    families = [name for name, of in FAMILIES.items() if of.config is type(config) and of.published == published]
+    sizes = {dimensions: size for size, dimensions in SIZES.items()}
+    size = sizes.get((config.depth, config.width, config.num_heads), f"{config.depth}x{config.width}")
+    elit = "ELIT-" if config.interface else ""
+    return f"{elit}{families[0] if families else architecture}-{size}/{triple(config.patch_size)[1]}"
+
+
+def build_on_meta(config: TransformerConfig) -> Model:
+    """Builds the model that a configuration describes on the ``meta`` device: it has shapes and no memory.
+
+    It draws nothing: torch's random numbers are afterwards what they were before.
+    """
+    with torch.device("meta"), _WithoutNormalDraws():
+        return build(config)
+
+
+class _WithoutNormalDraws(TorchFunctionMode):
+    """Leaves out :func:`torch.nn.init.normal_`, for which torch imports its compiler on the meta device: 2 seconds."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.init.normal_:
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def _input_size(resolution: int | tuple[int, int], downsample: int) -> int | tuple[int, ...]:

@@ -204,12 +204,12 @@ class Transformer(Model):
             self.interface = LatentInterface(
                 config.interface, config.width, config.num_heads, config.grid_size, config.rope_theta, self.LEVEL_STEP
             )
+        places = coordinates(config.grid_size, device="cpu")
         if config.positions == "sincos":
-            self.positions = nn.Parameter(
-                sincos_table(coordinates(config.grid_size), config.width), requires_grad=False
-            )
+            table = sincos_table(places, config.width).to(torch.get_default_device())
+            self.positions = nn.Parameter(table, requires_grad=False)
         else:
-            self.rope_table = RotaryTable(coordinates(config.grid_size), head_dim, config.rope_theta)
+            self.rope_table = RotaryTable(places, head_dim, config.rope_theta)
 
     def build_stack(self) -> None:
         """Sets ``blocks``, in the order in which tokens pass them, and what is between them."""
@@ -407,7 +407,7 @@ class Transformer(Model):
             return s
         if size == self.config.grid_size:
             return s + self.positions
-        return s + sincos_table(coordinates(size), self.config.width).to(s)
+        return s + sincos_table(coordinates(size, device="cpu"), self.config.width).to(s)
 
     def spatial_rope(self, size: Triple, device: torch.device) -> Rotary | None:
         """Returns rotary positions (N, d / 2) of the spatial tokens: (row, column), for video (time, row, column)."""
