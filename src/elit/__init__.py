@@ -6,7 +6,7 @@ from elit.data.pil import to_pil
 from elit.errors import ElitError
 from elit.flow import Cache, Guidance, Trajectory, advance, sample, trajectories
 from elit.interface import BudgetByNoise
-from elit.models import Model, create
+from elit.models import Model, compile, create  # compile: as torch.compile
 from elit.models.files import load
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Trajectory",
     "__version__",
     "advance",
+    "compile",
     "create",
     "load",
     "sample",

@@ -1,10 +1,10 @@
 """What a launcher (torchrun, accelerate launch) tells a process; its device and precision; how processes take turns."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -48,6 +48,12 @@ def default_device(name: torch.device | str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ElitError(f"there is no device {name!r} here ({str(error).splitlines()[0]})") from error
     return device
+
+
+def to_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Returns values as a tensor on a device; the CPU does not wait until they have arrived on a GPU."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def choose_precision(name: Precision, device: torch.device) -> Precision:

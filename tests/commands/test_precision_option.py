@@ -81,3 +81,14 @@ def test_a_plan_holds_for_its_precision(
     capsys.readouterr()
     assert main(command) == 2
     assert "was made for a model in bfloat16, and precision is fp32" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_compiled_samples_are_near(saved: str, tmp_path: Path) -> None:
+    command = ["sample", "--model", saved, "--num-images", "2", "--steps", "4", "--device", "cpu"]
+    pixels = {}
+    for option in ([], ["--compile"]):
+        out = tmp_path / f"{len(option)}.png"
+        assert main([*command, "--out", str(out), *option]) == 0
+        pixels[len(option)] = np.asarray(Image.open(out)).astype(int)
+    assert np.abs(pixels[1] - pixels[0]).max() <= 1  # of 255: fused sums are rounded elsewhere

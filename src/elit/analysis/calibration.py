@@ -141,6 +141,7 @@ def calibration_stamp(
         "config": asdict(model.config),
         "levels": model.levels,
         "dtype": str(model.dtype),
+        "compiled": model.is_compiled,
         "float32_products": torch.get_float32_matmul_precision(),  # high is TF32
         "device": device,
         "batch_size": batch_size,

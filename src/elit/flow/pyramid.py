@@ -22,6 +22,7 @@ from elit.flow.paths import Path, interpolate
 from elit.flow.paths import velocity as target_velocity
 from elit.flow.solvers import Solver, check_steps
 from elit.flow.times import TimeDensity
+from elit.launch import to_device
 
 # ------------------------------------------------------------------------------------------------ the pyramid
 
@@ -214,7 +215,7 @@ class PyramidFlow:
         return schedule.times()
 
     def spread(self, t: Tensor) -> Tensor:
-        sizes, total = torch.tensor(self.sizes, device=t.device), self.state_shape[0]
+        sizes, total = to_device(self.sizes, t.device), self.state_shape[0]
         return t.repeat_interleave(sizes, dim=-1, output_size=total)
 
     def noise_level(self, t: Tensor) -> Tensor:

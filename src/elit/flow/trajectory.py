@@ -20,6 +20,7 @@ from elit.flow.matching import Flow, FlowMatching
 from elit.flow.paths import Path, data_estimate, path_named
 from elit.flow.pyramid import PyramidFlow
 from elit.flow.solvers import Moment, Solver, Step, StepGenerator
+from elit.launch import to_device
 from elit.models import Effect, Encoded, Model, Transformer
 from elit.seeding import normals
 
@@ -229,12 +230,12 @@ def evaluate(model: Model, flow: Flow, wanted: Evaluation) -> Tensor:
     if not guided:
         return velocity
     count, device = len(wanted.levels), velocity.device
-    which = torch.tensor(guided, device=device)
+    which = to_device(guided, device)
     strong, weak = velocity[which], velocity[count:]
-    scales = torch.tensor([g.scale for i in guided if (g := wanted.guidance[i])], dtype=torch.float64)
-    scale = scales.to(device).view(-1, *(1,) * (velocity.dim() - 1))
-    active = [g.active(wanted.moment.host[i]) for i in guided if (g := wanted.guidance[i])]
-    on = flow.spread(torch.stack(active).to(device))
+    scales = [g.scale for i in guided if (g := wanted.guidance[i])]
+    scale = to_device(scales, device, torch.float64).view(-1, *(1,) * (velocity.dim() - 1))
+    active = [g.active(wanted.moment.host[i]).tolist() for i in guided if (g := wanted.guidance[i])]
+    on = flow.spread(to_device(active, device))
     mixed = torch.where(on, weak + scale * (strong - weak), strong)
     return velocity[:count].index_copy(0, which, mixed)
 
@@ -270,10 +271,10 @@ def forward_terms(model: Model, flow: Flow, wanted: Evaluation, terms: Sequence[
     dropped = [sample for sample, drops_condition in inputs if drops_condition]
     x, t, moves, y = wanted.x.to(model.dtype), wanted.moment.model, wanted.moves, wanted.y
     if chosen != list(range(len(x))):
-        which = torch.tensor(chosen, device=x.device)
+        which = to_device(chosen, x.device)
         x, t, moves = x[which], t[which], moves[which]
     if dropped:
-        null = select_condition(wanted.null, torch.tensor(dropped, device=x.device))
+        null = select_condition(wanted.null, to_device(dropped, x.device))
         y = cat_conditions(y, null) if len(dropped) < len(inputs) else null
     places = {of_input: place for place, of_input in enumerate(inputs)}
     rows = [places[term.sample, term.drops_condition] for term in terms]

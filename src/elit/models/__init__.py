@@ -1,6 +1,7 @@
 """Backbones, the registry of named models, and models on disk."""
 
 from elit.models.base import Model
+from elit.models.compiled import compile, compile_layers
 from elit.models.dfm import DFM, DFMConfig
 from elit.models.dit import DiT, DiTConfig
 from elit.models.hdit import HDiT, HDiTConfig
@@ -27,6 +28,8 @@ __all__ = [
     "TransformerConfig",
     "UViT",
     "UViTConfig",
+    "compile",
+    "compile_layers",
     "config_for",
     "create",
     "names",

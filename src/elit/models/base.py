@@ -24,10 +24,12 @@ class Model(nn.Module, HubModel):
     Attributes:
         config: the dataclass that rebuilds the model.
         interface: its latent interface, or None for a plain transformer.
+        is_compiled: whether :func:`elit.compile` has compiled its layers.
     """
 
     config: Any
     interface: LatentInterface | None
+    is_compiled: bool = False
 
     def __init__(self, config: Any) -> None:
         super().__init__()

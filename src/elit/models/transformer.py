@@ -15,6 +15,7 @@ from elit.conditions import Text, condition_size
 from elit.errors import ElitError
 from elit.interface import InterfaceConfig, LatentInterface, coordinates, triple
 from elit.interface.grid import Triple, position_axes
+from elit.launch import to_device
 from elit.layers import Block, QKNorm, Rotary, RotaryTable, rotary, sincos_table
 from elit.models.base import Levels, Model
 
@@ -142,11 +143,11 @@ class Encoded:
 
 
 class Effect(NamedTuple):
-    """What the core blocks changed in one sample, to be used again at a step that skips them.
+    """What the core blocks changed in a sample, to be used again at a step that skips them.
 
     Attributes:
-        latents: (G, J~, D). A lower level is a slice of it.
-        text: (T, D), of a model of text.
+        latents: (G, J~, D), or of a batch (B, G, J~, D). A lower level is a slice of it.
+        text: (T, D) or (B, T, D), of a model of text.
     """
 
     latents: Tensor
@@ -169,14 +170,12 @@ class Core(NamedTuple):
     rows: Rows = None
     entered: tuple[Tensor, Tensor | None] | None = None
 
-    def effects(self) -> list[Effect]:
-        """Returns what the core changed in each of the samples."""
+    def effect(self) -> Effect:
+        """Returns what the core changed: (B, G, J~, D), and in the text (B, T, D)."""
         assert self.entered is not None
         latents, words = self.entered
-        changed = (self.latents[:, :, : latents.shape[2]] - latents).unbind()
-        if words is None or self.text is None:
-            return [Effect(change) for change in changed]
-        return [Effect(*pair) for pair in zip(changed, (self.text.tokens - words).unbind(), strict=True)]
+        changed = self.latents[:, :, : latents.shape[2]] - latents
+        return Effect(changed, None if words is None or self.text is None else self.text.tokens - words)
 
 
 class Transformer(Model):
@@ -269,7 +268,7 @@ class Transformer(Model):
         for (level, _), group in groups.items():
             of_group = as_rows([rows[i] for i in group], encoded.condition)
             given = [effect for i in group if (effect := effects[i]) is not None]
-            cores.append(self.core(encoded, level, of_group, latents, given))
+            cores.append(self.core(encoded, level, of_group, latents, stack_effects(given, level)))
         # A sample that is wanted at two levels is decoded twice, in two batches: none is larger than the caller chose.
         batches = [[core] for core in cores] if repeated else [cores]
         order = [i for group in groups.values() for i in group]
@@ -277,7 +276,7 @@ class Transformer(Model):
 
         def computed() -> dict[int, Effect]:
             of_groups = zip(groups.items(), cores, strict=True)
-            ran = [(group, core.effects()) for ((_, skipped), group), core in of_groups if not skipped]
+            ran = [(group, unbind(core.effect())) for ((_, skipped), group), core in of_groups if not skipped]
             return {i: effect for group, found in ran for i, effect in zip(group, found, strict=True)}
 
         return velocity, computed
@@ -293,7 +292,7 @@ class Transformer(Model):
         num_latents: int,
         rows: Rows = None,
         latents: Tensor | None = None,
-        effects: Sequence[Effect] = (),
+        effect: Effect | None = None,
     ) -> Core:
         """Runs Read and the core blocks at one level. A plain transformer has none.
 
@@ -301,7 +300,8 @@ class Transformer(Model):
             num_latents: J~.
             rows: the samples to run; None is all.
             latents: what :meth:`read` gave of all samples at this or a higher level, where it is known already.
-            effects: what the blocks are taken to change in each sample, in place of running them.
+            effect: what the blocks are taken to change in these samples, (B, G, J~, D) and (B, T, D), in place of
+                running them.
         """
         part = encoded.take(rows)
         if self.interface is None:
@@ -310,9 +310,9 @@ class Transformer(Model):
         grid, config = self.interface.grid_of(encoded.size), self.config
         used, text = latents[:, :, :num_latents], part.stream.text  # (B, G, J~, D)
         entered = used, None if text is None else text.tokens
-        if effects:
-            done = used + torch.stack([effect.latents[:, :num_latents] for effect in effects])
-            text = text and text._replace(tokens=text.tokens + text_effects(effects, text.tokens))
+        if effect is not None:
+            done = used + effect.latents
+            text = text and text._replace(tokens=text.tokens + as_long_as(text.tokens, effect.text))
         else:
             rope = self.interface.core_rope(grid, num_latents, latents.device)
             first, end = config.head_depth, config.depth - config.tail_depth
@@ -441,17 +441,35 @@ def cat(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
-def text_effects(effects: Sequence[Effect], words: Tensor) -> Tensor:
-    """Stacks effects on text (B, T, D). Their padding may be of another length: nothing looks at it."""
-    changes = [effect.text for effect in effects if effect.text is not None]
-    return torch.stack([F.pad(change, (0, 0, 0, words.shape[1] - len(change))) for change in changes])
+def stack_effects(effects: Sequence[Effect], num_latents: int) -> Effect | None:
+    """Puts the effects of samples into a batch, cut to a level; None where there are none.
+
+    Those on text are padded to the same length, for nothing looks at padding.
+    """
+    if not effects:
+        return None
+    latents = torch.stack([effect.latents[:, :num_latents] for effect in effects])
+    words = [effect.text for effect in effects if effect.text is not None]
+    return Effect(latents, nn.utils.rnn.pad_sequence(words, batch_first=True) if words else None)
+
+
+def unbind(effect: Effect) -> list[Effect]:
+    """Returns the effects of each sample of a batch, each with memory of its own."""
+    words = [None] * len(effect.latents) if effect.text is None else effect.text.unbind()
+    return [Effect(a.clone(), b if b is None else b.clone()) for a, b in zip(effect.latents, words, strict=True)]
+
+
+def as_long_as(words: Tensor, change: Tensor | None) -> Tensor:
+    """Pads or cuts a change of text (B, T', D) to the length of the words (B, T, D), beyond which is padding."""
+    assert change is not None
+    return F.pad(change, (0, 0, 0, words.shape[1] - change.shape[1]))
 
 
 def as_rows(rows: Sequence[int], batch: Tensor) -> Rows:
     """Returns rows as they are selected fastest: None for all in order, a slice for a run, else an index."""
     first, end = rows[0], rows[-1] + 1
     if list(rows) != list(range(first, end)):
-        return torch.tensor(rows, device=batch.device)
+        return to_device(rows, batch.device)
     return None if end - first == len(batch) else slice(first, end)
 
 
@@ -462,7 +480,7 @@ def in_order(batches: Sequence[Any], order: list[int]) -> Any:
     x = cat(batches)
     if order == list(range(len(order))):
         return x
-    return x[torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=x.device)]
+    return x[to_device(sorted(range(len(order)), key=order.__getitem__), x.device)]
 
 
 def patchify(x: Tensor, size: Triple, patch: Triple) -> Tensor:
