@@ -25,6 +25,7 @@ from elit.commands.plan import make_plan
 from elit.commands.prepare import prepare_convert, prepare_encode, prepare_verify
 from elit.commands.quickstart import quickstart
 from elit.commands.sample import sample_images
+from elit.commands.serve import serve
 from elit.commands.train import train
 from elit.errors import ElitError
 
@@ -34,6 +35,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "quickstart": quickstart,
     "train": train,
     "sample": sample_images,
+    "serve": serve,
     "plan": make_plan,
     "evaluate": {"samples": evaluate_samples, "reference": evaluate_reference, "compare": evaluate_compare},
     "analyze": {

@@ -1,0 +1,152 @@
+"""`elit serve`: a model behind OpenAI's image API, with a page."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from elit.commands.options import GuidanceOptions, ModelOptions
+from elit.commands.sample import PIXELS
+from elit.data.autoencoder import load_autoencoder
+from elit.data.text import open_encoder
+from elit.errors import ElitError
+from elit.launch import default_device
+from elit.models import Model
+from elit.serving import Engine, EngineOptions
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(kw_only=True)
+class ServeOptions(GuidanceOptions, ModelOptions):
+    """The options of `elit serve`. Those of sampling hold for requests that say nothing else.
+
+    Attributes:
+        host: the address to listen on; only this machine reaches 127.0.0.1, and 0.0.0.0 is every network.
+        port: the port to listen on; 0 is any that is free.
+        name: what clients call the model; by default as --model.
+        api_key: clients must send it as a bearer token, and the page asks for it; by default the environment variable
+            ELIT_API_KEY, and without that everybody may use the server.
+        latency_objective_ms: the time from a request to its image that 95 of 100 images should keep: under load,
+            budgets are lowered for it. By default they stay at the highest.
+        min_budget: budgets are never lowered below this; by default the lowest that was trained.
+        queue_limit: how many images may wait to begin; further requests are refused with 429.
+        steps: number of sampling steps.
+        max_steps: the most that a request may ask for.
+        solver: euler, heun (second order, two evaluations a step) or sde (adds noise at each step).
+        class_names: a text file with the name of each class on a line of its own, which prompts may use.
+        autoencoder: a diffusers autoencoder that decodes the samples of a model on latents: a folder or a Hub id.
+        text_encoder: for a model of text, what embeds the prompts: the text encoder of transformers that the model was
+            trained with (a folder or a Hub id), or words.
+        request_seconds: the longest time for an answer, the wait in the queue included.
+        drain_seconds: how long SIGTERM lets accepted requests go on.
+        page: whether to serve the page at /.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str | None = None
+    api_key: str | None = None
+    latency_objective_ms: float | None = None
+    min_budget: float | None = None
+    queue_limit: int = 1024
+    steps: int = 40
+    max_steps: int = 250
+    solver: Literal["euler", "heun", "sde"] = "euler"
+    class_names: Path | None = None
+    autoencoder: str = "stabilityai/sd-vae-ft-ema"
+    text_encoder: str = "words"
+    request_seconds: float = 600.0
+    drain_seconds: float = 60.0
+    page: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= self.max_steps:
+            raise ElitError(f"steps is {self.steps}; it must be between 1 and max_steps, {self.max_steps}")
+        for name in ("request_seconds", "drain_seconds"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ElitError(f"{name} is {getattr(self, name)}; it must be a number of seconds above 0")
+        if not 0 <= self.port < 2**16:
+            raise ElitError(f"port is {self.port}; it must be between 0 and 65535")
+        self.api_key = self.api_key or os.environ.get("ELIT_API_KEY") or None
+
+    def engine_options(self) -> EngineOptions:
+        """Returns the options of the engine.
+
+        Raises:
+            ElitError: one of them is out of range.
+        """
+        return EngineOptions(
+            latency_objective=None if self.latency_objective_ms is None else self.latency_objective_ms / 1e3,
+            min_budget=self.min_budget,
+            queue_limit=self.queue_limit,
+            exit_on_death=True,
+            path=self.path,
+        )
+
+    def read_class_names(self, model: Model) -> list[str]:
+        """Reads the names of the classes.
+
+        Raises:
+            ElitError: the file cannot be read, or has another number of names than the model has classes.
+        """
+        if self.class_names is None:
+            return []
+        try:
+            names = Path(self.class_names).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ElitError(f"cannot read the class names in {self.class_names}: {error}") from error
+        if len(names) != model.config.num_classes:
+            raise ElitError(
+                f"{self.class_names} has {len(names)} lines; the model has {model.config.num_classes} classes"
+            )
+        return names
+
+
+def serve(options: ServeOptions) -> None:
+    """Serve a model over HTTP: OpenAI's image API, a page to try it, health and metrics.
+
+    Under load, budgets are lowered so that answers stay in time. SIGTERM ends it when what was accepted is delivered.
+
+    Raises:
+        ElitError: a wrong option, a model that is not there, or an address that is taken.
+    """
+    try:
+        from elit.serving.http import HttpOptions, create_app
+        from elit.serving.parse import Defaults
+        from elit.serving.pipeline import Pipeline
+        from elit.serving.server import open_socket, run
+    except ImportError as error:
+        raise ElitError(f"serving needs {error.name}: pip install 'elit-diffusion[serve]'") from error
+
+    console = Console(soft_wrap=True, highlight=False)
+    engine_options = options.engine_options()
+    listening = open_socket(options.host, options.port)
+    model = options.load_model(default_device(options.device))
+    channels = model.config.in_channels
+    pipeline = Pipeline(
+        Engine(model, engine_options),
+        None if channels in PIXELS else load_autoencoder(options.autoencoder, channels),
+        open_encoder(options.text_encoder, str(model.device)) if model.takes_text else None,
+    )
+    name = options.name or options.model
+    defaults = Defaults(
+        name=name,
+        steps=options.steps,
+        max_steps=options.max_steps,
+        solver=options.solver,
+        guidance=options.make_guidance(),
+        class_names=options.read_class_names(model),
+    )
+    app = create_app(pipeline, defaults, HttpOptions(options.api_key, request_seconds=options.request_seconds))
+    host, port = listening.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def on_start() -> None:
+        console.print(f"serving {name} at [bold]{address}[/bold] (API below /v1, metrics at /metrics)")
+        if options.host not in LOCAL and options.api_key is None:
+            console.print("[bold]anybody who reaches this address may use it[/bold]; --api-key asks for a key")
+
+    run(app, listening, options.drain_seconds, on_start)
