@@ -27,7 +27,7 @@ class ImagesRequest(BaseModel):
         json_schema_extra={"examples": [{"prompt": "3", "quality": "auto", "seed": 0}]},
     )
 
-    prompt: str | None = Field(None, max_length=32_000, description="Text; of a model of classes, a name or a number.")
+    prompt: str | None = Field(None, max_length=4_000, description="Text; of a model of classes, a name or a number.")
     model: str | None = Field(None, description="The name of the model; this server has one.")
     n: int = Field(1, ge=1, le=MAX_IMAGES, description="The number of images.")
     size: str = Field("auto", pattern=r"^(auto|\d{1,6}x\d{1,6})$", description="WIDTHxHEIGHT of the model, or auto.")
