@@ -71,9 +71,10 @@ def choose_level(load: Load, current: int, levels: Sequence[int], options: Contr
 
 def keeps(load: Load, level: int, headroom: float, attainment: float) -> bool:
     """Tells whether enough jobs are predicted to finish within a share of the time that they have."""
-    may_miss = int((1 - attainment) * len(load.jobs) + 1e-9)
+    may_miss = int((1 - attainment) * sum(not job.is_too_long for job in load.jobs) + 1e-9)
     for job, finish in zip(load.jobs, predicted_finishes(load, level), strict=True):
-        may_miss -= finish > job.arrival + headroom * (job.deadline - job.arrival)
+        due = job.arrival + headroom * (job.deadline - job.arrival)
+        may_miss -= finish > due and not job.is_too_long
         if may_miss < 0:
             return False
     return True

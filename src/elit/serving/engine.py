@@ -234,15 +234,18 @@ class Engine:
 
         Args:
             drain: finish what is queued and in flight first; else it fails with :class:`EngineClosedError`.
-            timeout: seconds after which what is left fails all the same.
+            timeout: seconds after which what is left fails all the same; a last step may take as long once more.
         """
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
-        if self._thread is not None and drain:
-            self._thread.join(timeout)
+        if drain:
+            self._join(timeout)
         self._fail_all(EngineClosedError("the engine was closed before this image was finished"))
-        if self._thread is not None and not drain:
+        self._join(timeout)
+
+    def _join(self, timeout: float | None) -> None:
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
 
     def __enter__(self) -> Self:

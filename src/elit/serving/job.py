@@ -24,6 +24,7 @@ class Job:
         guided: the share of its steps that are guided.
         latency_objective: seconds from arrival to the end, in place of the scheduler's.
         deadline: when it should be finished, as the scheduler sets it; infinite without an objective.
+        is_too_long: whether it could not keep its objective even alone, so that the controller does not look at it.
         evaluation: how many evaluations are done.
         started: when its first step began; None while it waits.
         delivered: the level of every step that has had an evaluation.
@@ -40,6 +41,7 @@ class Job:
     guided: float = 1.0
     latency_objective: float | None = None
     deadline: float = float("inf")
+    is_too_long: bool = False
     evaluation: int = 0
     started: float | None = None
     delivered: list[int] = field(default_factory=list)

@@ -10,7 +10,7 @@ from elit.serving.controller import ControllerOptions, Load, choose_level, predi
 from elit.serving.costs import CostTable
 from elit.serving.job import Job, batch_seconds
 
-ALONE = 2.0  # a job that cannot keep the objective even alone gets so many times what it takes alone
+LENIENCE = 2.0  # a job that cannot keep the objective even alone gets so many times what it takes alone
 SMOOTHING = 0.1  # weight of the last batch in the running ratio of measured to predicted seconds
 WILDEST = 4.0  # a batch that took more times what was predicted was disturbed: it counts as so many
 
@@ -69,7 +69,7 @@ class Scheduler:
 
     def add(self, job: Job) -> None:
         """Takes a job and sets its deadline."""
-        job.deadline = self._deadline(job)
+        self._set_deadline(job)
         if not self._jobs:
             self._batches_since = self.options.controller.every  # after a pause, decide at once
         self._jobs[job] = None
@@ -82,24 +82,26 @@ class Scheduler:
         """Takes what was measured in place of what it began with."""
         self.costs, self.max_work, self.slowdown = costs, max_work, 1.0
         for job in self._jobs:
-            job.deadline = self._deadline(job)
+            self._set_deadline(job)
 
     def halve_work(self, jobs: Sequence[Job]) -> None:
         """Makes batches at most half as large as that of some jobs, which did not fit into memory."""
         self.max_work = min(self.max_work, sum(job.work(job.level, self.costs) for job in jobs)) / 2
 
-    def _deadline(self, job: Job) -> float:
-        """Returns when a job should be finished.
+    def _set_deadline(self, job: Job) -> None:
+        """Sets when a job should be finished.
 
-        One that could not keep the objective even if it were alone, at the lowest level that it allows, gets twice the
-        time that this takes: it would otherwise pull everybody's budget down in vain.
+        One that could not keep the objective even alone, at the lowest level that it allows, gets twice the time that
+        this takes, and the controller does not look at it: it would pull everybody's budget down in vain.
         """
         objective = job.latency_objective or self.options.latency_objective
         if objective is None:
-            return float("inf")
-        first, behind = job.rows(job.at(self.options.levels[0]))
-        alone = job.remaining * (self.costs.forward(first) + self.costs.forward(behind))
-        return job.arrival + max(objective, ALONE * alone)
+            job.deadline = float("inf")
+            return
+        forwards = job.rows(job.at(self.options.levels[0]))
+        alone = job.remaining * sum(self.costs.forward(rows) for rows in forwards)
+        job.is_too_long = alone > objective
+        job.deadline = job.arrival + (LENIENCE * alone if job.is_too_long else objective)
 
     def next_batch(self, now: float) -> list[Job]:
         """Chooses the jobs that take their next evaluation together, and sets the levels of steps that begin."""
@@ -140,10 +142,10 @@ class Scheduler:
 
     def refusal(self, job: Job, now: float) -> float | None:
         """Returns None where a job may come in, else the seconds after which it is worth trying again."""
-        job.deadline = self._deadline(job)
+        self._set_deadline(job)
         if self.queued >= self.options.queue_limit:
             late = self._predicted_finish(job, now) - now
-        elif self.options.refuse_late:
+        elif self.options.refuse_late and not job.is_too_long:
             late = self._predicted_finish(job, now) - job.deadline
         else:
             return None
