@@ -8,14 +8,16 @@ float32. So tokens are float32 in head, core and tail of every backbone.
 """
 
 import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple, Self
+from collections.abc import Callable, Hashable
+from functools import lru_cache, wraps
+from typing import Literal, NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_EPS = 1e-6
+T = TypeVar("T")
 
 
 class Linear(nn.Linear):
@@ -144,6 +146,25 @@ class RotaryTable(nn.Module):
         table = rotary(*self.arguments) if leaves_meta else self.forward()
         self.cos, self.sin = table.cos.to(device), table.sin.to(device)
         return self
+
+
+def remembered_tables(compute: Callable[..., T]) -> Callable[..., T]:
+    """Makes a function remember the tables of positions that it computed last, by its arguments.
+
+    They are ordinary tensors, whoever asks first, also under :func:`torch.inference_mode`. A forward on another grid
+    than that of training then computes its tables once, and nothing is kept on a module.
+    """
+
+    @lru_cache(maxsize=64)
+    def remembered(*arguments: Hashable) -> T:
+        with torch.inference_mode(False), torch.no_grad():
+            return compute(*arguments)
+
+    @wraps(compute)
+    def table(*arguments: Hashable) -> T:
+        return compute(*arguments) if torch.compiler.is_compiling() else remembered(*arguments)
+
+    return table
 
 
 def sincos_table(positions: Tensor, width: int) -> Tensor:

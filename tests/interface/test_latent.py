@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elit import ElitError
 from elit.interface import InterfaceConfig, LatentInterface, TokenGrid
+from elit.interface.latent import latent_positions
 from elit.layers import init_model
 from tests.helpers import reference
 from tests.helpers.models import PUBLISHED, randomize
@@ -305,10 +306,10 @@ def test_read_listens_to_the_condition() -> None:
 
 def test_latents_are_placed_by_index_then_window() -> None:
     interface = build(PAPER)
-    place = interface.positions(interface.grid).tolist()
+    place = latent_positions(interface.grid, 2, interface.num_latents).tolist()
     assert place == [[j, row, column] for row in range(2) for column in range(3) for j in range(4)]
     video = build(InterfaceConfig((1, 2, 2)), (2, 2, 4))
-    assert video.positions(video.grid).tolist() == [
+    assert latent_positions(video.grid, 3, video.num_latents).tolist() == [
         [j, t, 0, column] for t in range(2) for column in range(2) for j in range(4)
     ]
 
@@ -321,7 +322,7 @@ def test_core_positions_of_a_level_are_those_of_the_latents_kept(size: tuple[int
     for level in (1, 3, 4):
         rope = interface.core_rope(grid, level, cpu)
         assert rope is not None
-        kept = [p for p in interface.positions(grid).tolist() if p[0] < level]
+        kept = [p for p in latent_positions(grid, 2, interface.num_latents).tolist() if p[0] < level]
         assert rope.cos.shape == (len(kept), 4)
         for cos, sin, place in zip(rope.cos, rope.sin, kept, strict=True):
             turned = reference.turn(x.numpy(), place, THETA)

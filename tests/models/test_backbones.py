@@ -189,3 +189,16 @@ def test_the_published_layout_has_no_place_for_it(name: str, tmp_path: Any) -> N
 
     with pytest.raises(ElitError, match=f"it is a {type(tiny(name)).__name__}"):
         save_published(tiny(name), tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("positions", ["rotary", "sincos"])
+def test_a_grid_first_seen_without_gradients_can_be_trained_on(positions: Any) -> None:
+    """Its tables of positions are remembered, and must not be tensors of inference mode."""
+    model = tiny("ELIT-DiT", positions=positions, rope_theta=77.0 if positions == "rotary" else 78.0)
+    x, t, y = torch.randn(2, model.config.in_channels, 8, 32), torch.rand(2), torch.tensor([1, 2])
+    with torch.inference_mode():
+        first = model(x, t, y)
+    again = model(x, t, y)
+    again.square().sum().backward()
+    assert torch.equal(again, first)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -23,6 +23,7 @@ from elit.layers import (
     init_model,
     layer_norm,
     modulate,
+    remembered_tables,
     residual,
     rotary,
 )
@@ -158,8 +159,9 @@ class LatentInterface(nn.Module):
             self.latent_positions = nn.Parameter(torch.empty(self.MAX_POSITIONS, width))
         else:
             in_window = coordinates(self.grid.window, self.grid.axes, "cpu")
+            in_core = latent_positions(self.grid, self.grid.axes, self.num_latents, "cpu")
             self.window_table = RotaryTable(in_window, self.head_dim, rope_theta)
-            self.core_table = RotaryTable(self.positions(self.grid, "cpu"), self.head_dim, rope_theta)
+            self.core_table = RotaryTable(in_core, self.head_dim, rope_theta)
         init_model(self)
 
     @property
@@ -246,14 +248,22 @@ class LatentInterface(nn.Module):
         column of the window (for video the time before them). The published variant has none."""
         if self.published:
             return None
-        native = grid == self.grid
-        cos, sin = self.core_table() if native else rotary(self.positions(grid, device), self.head_dim, self.rope_theta)
+        if grid != self.grid:
+            return latent_rotary(grid, self.grid.axes, level, self.head_dim, self.rope_theta, device)
         by_window = (grid.num_windows, self.num_latents, -1)
         # contiguous: the same layout at every level, also where flatten is a view, so that blocks compile once
-        return Rotary(*(table.view(by_window)[:, :level].flatten(0, 1).contiguous() for table in (cos, sin)))
+        return Rotary(*(table.view(by_window)[:, :level].flatten(0, 1).contiguous() for table in self.core_table()))
 
-    def positions(self, grid: TokenGrid, device: torch.device | str | None = None) -> Tensor:
-        """Returns the coordinates (G * J, A) of all latents: the index in the window, then those of the window."""
-        place = coordinates(grid.shape, self.grid.axes, device)
-        index = torch.arange(self.num_latents, device=device).repeat(grid.num_windows)
-        return torch.cat((index[:, None], place.repeat_interleave(self.num_latents, dim=0)), dim=1)
+
+def latent_positions(grid: TokenGrid, axes: int, level: int, device: torch.device | str | None = None) -> Tensor:
+    """Returns the coordinates (K, 1 + axes) of the latents in use: the index in the window, then those of the
+    window."""
+    place = coordinates(grid.shape, axes, device)
+    index = torch.arange(level, device=device).repeat(grid.num_windows)
+    return torch.cat((index[:, None], place.repeat_interleave(level, dim=0)), dim=1)
+
+
+@remembered_tables
+def latent_rotary(grid: TokenGrid, axes: int, level: int, head_dim: int, theta: float, device: torch.device) -> Rotary:
+    """Returns rotary positions (K, d / 2) of the latents of any grid."""
+    return rotary(latent_positions(grid, axes, level, device), head_dim, theta)

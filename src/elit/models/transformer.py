@@ -16,7 +16,7 @@ from elit.errors import ElitError
 from elit.interface import InterfaceConfig, LatentInterface, coordinates, triple
 from elit.interface.grid import Triple, position_axes
 from elit.launch import to_device
-from elit.layers import Block, QKNorm, Rotary, RotaryTable, rotary, sincos_table
+from elit.layers import Block, QKNorm, Rotary, RotaryTable, remembered_tables, rotary, sincos_table
 from elit.models.base import Levels, Model
 
 
@@ -407,7 +407,7 @@ class Transformer(Model):
             return s
         if size == self.config.grid_size:
             return s + self.positions
-        return s + sincos_table(coordinates(size, device="cpu"), self.config.width).to(s)
+        return s + token_sincos(size, self.config.width, s.device).to(s.dtype)
 
     def spatial_rope(self, size: Triple, device: torch.device) -> Rotary | None:
         """Returns rotary positions (N, d / 2) of the spatial tokens: (row, column), for video (time, row, column)."""
@@ -417,7 +417,19 @@ class Transformer(Model):
         if size == config.grid_size:
             return self.rope_table()
         axes = position_axes(config.grid_size)  # a clip of one frame has the frequencies of longer ones
-        return rotary(coordinates(size, axes, device), config.width // config.num_heads, config.rope_theta)
+        return token_rotary(size, axes, config.width // config.num_heads, config.rope_theta, device)
+
+
+@remembered_tables
+def token_rotary(size: Triple, axes: int, head_dim: int, theta: float, device: torch.device) -> Rotary:
+    """Returns rotary positions (N, d / 2) of the tokens of any grid."""
+    return rotary(coordinates(size, axes, device), head_dim, theta)
+
+
+@remembered_tables
+def token_sincos(size: Triple, width: int, device: torch.device) -> Tensor:
+    """Returns sine-cosine positions (N, D) of the tokens of any grid."""
+    return sincos_table(coordinates(size, device="cpu"), width).to(device)
 
 
 def check_batch(batch_size: int, t: Tensor, y: Any, stages: int | None = None) -> None:
