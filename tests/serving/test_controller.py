@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from elit import ElitError
 from elit.serving import ControllerOptions, CostTable
-from elit.serving.controller import Load, choose_level
+from elit.serving.controller import Load, choose_level, keeps, predicted_finishes
 from elit.serving.job import Job
 
 LEVELS = (1, 2, 4)
@@ -16,6 +16,77 @@ OPTIONS = ControllerOptions(attainment=1.0, headroom=1.0, raise_headroom=0.5)
 
 
 def load(*jobs: Job, max_work: float = 2.0) -> Load:
+    return Load(jobs, 0.0, COSTS, max_work)
+
+
+def job(deadline: float, steps: int = 4, **changes: object) -> Job:
+    return Job(0.0, steps, 4, deadline=deadline, **changes)  # type: ignore[arg-type]
+
+
+def test_costs_are_interpolated() -> None:
+    assert COSTS.forward({4: 3}) == pytest.approx((1.25 + 2.5) / 2)
+    assert COSTS.forward({3: 1}) == pytest.approx((0.6 + 1.0) / 2)
+    assert COSTS.forward({4: 8}) == pytest.approx(5.0)  # as the largest batch, twice
+    assert COSTS.forward({1: 1, 4: 1}) == pytest.approx((0.5 + 1.25) / 2)
+    assert CostTable(LEVELS, COSTS.batch_sizes, COSTS.seconds, 0.1).forward({1: 1, 4: 1}) == pytest.approx(0.975)
+    assert COSTS.forward({}) == 0
+    assert (COSTS.work(4), COSTS.work(1)) == (1.0, 0.4)
+    assert COSTS.saturating_work() == 2  # four rows at once are no faster than two and two
+
+
+def test_finishes_are_those_of_list_scheduling() -> None:
+    jobs = [job(9, steps) for steps in (4, 2, 1)]
+    assert list(predicted_finishes(load(*jobs), 4)) == pytest.approx([5.0, 2.5, 3.75])  # two run, the third follows
+    assert list(predicted_finishes(load(*jobs, max_work=1), 4)) == pytest.approx([4.0, 6.0, 7.0])
+    assert list(predicted_finishes(load(jobs[0]), 4)) == pytest.approx([4.0])
+    assert list(predicted_finishes(load(), 4)) == []
+
+
+@pytest.mark.parametrize(("deadline", "level"), [(5.0, 4), (4.9, 2), (2.8, 2), (2.7, 1), (0.1, 1)])
+def test_the_highest_level_that_keeps_the_deadlines_is_chosen(deadline: float, level: int) -> None:
+    assert choose_level(load(job(deadline), job(deadline)), 4, LEVELS, OPTIONS) == level
+
+
+def test_the_level_rises_only_with_room_to_spare() -> None:
+    two = load(job(6.0), job(6.0))
+    assert [choose_level(two, current, LEVELS, OPTIONS) for current in LEVELS] == [2, 2, 4]  # 5.0 s is above half of 6
+    assert choose_level(load(job(10.0), job(10.0)), 1, LEVELS, OPTIONS) == 4
+
+
+def test_a_share_of_jobs_may_miss() -> None:
+    jobs = [job(1.0), *[job(100.0)] * 19]
+    assert not keeps(load(*jobs), 4, 1.0, 1.0)
+    assert keeps(load(*jobs), 4, 1.0, 0.95)
+    assert not keeps(load(*jobs), 4, 1.0, 0.96)
+    assert keeps(load(job(1.0, is_too_long=True)), 4, 1.0, 1.0)
+
+
+def test_no_load_and_no_deadline_mean_the_highest_level() -> None:
+    assert choose_level(load(), 1, LEVELS, OPTIONS) == 4
+    assert choose_level(load(*[job(float("inf"))] * 500), 1, LEVELS, OPTIONS) == 4
+
+
+def test_guidance_counts_by_its_terms() -> None:
+    for kind, seconds in (("none", 1.0), ("cfg", 1.25), ("ag", (0.5 + 1.25) / 2), ("ccfg", 1.4)):
+        guided = job(100.0, steps=1, weak=kind, weak_level=1)
+        assert list(predicted_finishes(load(guided), 4)) == pytest.approx([seconds]), kind
+
+
+@st.composite
+def loads(draw: st.DrawFn) -> Load:
+    count = draw(st.integers(1, 12))
+    jobs = []
+    for _ in range(count):
+        steps = draw(st.integers(1, 6))
+        jobs.append(
+            job(
+                draw(st.floats(0.1, 60)),
+                steps,
+                budget_is_fixed=draw(st.booleans()),
+                min_level=draw(st.sampled_from((0, *LEVELS))),
+                evaluation=draw(st.integers(0, steps - 1)),
+            )
+        )
     return Load(jobs, 0.0, COSTS, draw(st.floats(0.5, 8)), draw(st.floats(0.5, 2)))
 
 
