@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import elit
-from elit import Guidance
+from elit import Cache, Guidance
 from elit.analysis import calibration as calibrating
 from elit.analysis import count_flops, sampling_flops
-from elit.analysis.calibration import Calibration, GuidanceTable, calibrate, choose_levels
+from elit.analysis.calibration import STEPS, Calibration, GuidanceTable, StepTable, calibrate, choose_levels
 from elit.analysis.plan import Plan, baseline_plans, constant_plan, knapsack, predict, solve
 from elit.errors import ElitError
 from elit.interface import InterfaceConfig
@@ -28,6 +28,14 @@ from tests.helpers.models import TINY, inputs, randomize, tiny
 
 LABELS = [3, 1, 4]
 CFG = Guidance("cfg", scale=2.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_rounds() -> Iterator[None]:
+    """Times are not looked at here, so few of them do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrating, "TIMING_ROUNDS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +53,11 @@ def guided(model: Model) -> Calibration:
     return calibrate(model, LABELS, num_samples=3, guidance=CFG)
 
 
+def runs(steps: int) -> list[bool]:
+    """The first step, every third one and the last run the core."""
+    return [step % 3 == 0 or step == steps - 1 for step in range(steps)]
+
+
 def made(seed: int = 0, guidance: Guidance | None = None) -> Calibration:
     """A calibration with random costs and errors, which fall and rise as they do in models."""
     rng = np.random.default_rng(seed)
@@ -56,12 +69,21 @@ def made(seed: int = 0, guidance: Guidance | None = None) -> Calibration:
         levels=[1, 2, 3, 4],
         num_latents=4,
         times=[1.0, 0.6, 0.2],
-        tables=[GuidanceTable(guidance, table, [2 * s for s in seconds], [2 * f for f in flops])],
+        tables=[
+            GuidanceTable(
+                *(guidance, table, [2 * s for s in seconds], [2 * f for f in flops]),
+                *([1.2 * s for s in seconds], [f + 2 for f in flops]),
+            )
+        ],
         seconds=seconds,
         flops=flops,
+        seconds_skipped=[0.6 * s for s in seconds],
+        flops_skipped=[f // 2 + 1 for f in flops],
         overhead=0.25,
-        step_counts=[2, 8, 32],
-        step_errors=[0.4, 0.1, 0.02],
+        step_tables=[
+            StepTable(None, [0.4, 0.2, 0.1, 0.05, 0.02], []),
+            StepTable(Cache(0.1, 1), [0.4, 0.2, 0.12, 0.08, 0.07], [runs(steps) for steps in STEPS]),
+        ],
         solver="euler",
         stamp={"path": "linear", "format": calibrating.FORMAT},
     )
@@ -117,9 +139,25 @@ def test_predictions_add_up_step_by_step() -> None:
     assert plan.flops == 10 + 20 + 80 + 60
     grid = torch.tensor(option.errors)
     between = [grid[0, 0], 0.375 * grid[0, 1] + 0.625 * grid[1, 1], 0 * grid[0, 0], grid[1, 2] / 8 + 7 * grid[2, 2] / 8]
-    discretisation = 0.4 * (0.1 / 0.4) ** 0.5  # 4 steps are halfway between 2 and 8 in the logarithm
-    assert plan.error == pytest.approx(float(np.hypot(discretisation, sum(between).item() / 4)))  # type: ignore[union-attr]
+    assert plan.error == pytest.approx(float(np.hypot(0.2, sum(between).item() / 4)))  # type: ignore[union-attr]
+    assert calibration.step_tables[0].error(6) == pytest.approx(0.2 * (0.1 / 0.2) ** np.log2(6 / 4))
     assert plan.budgets == [0.25, 0.5, 1.0, 0.75]
+
+
+def test_steps_that_skip_the_core_cost_less_and_keep_the_level_of_the_step_before() -> None:
+    calibration = made(1)
+    cached = calibration.step_tables[1]
+    plan = predict(calibration, calibration.tables[0], [2, 2, 2, 4, 4, 4, 1], cached)  # 0, 3 and 6 run the core
+    flops = calibration.flops, calibration.flops_skipped
+    assert plan.flops == flops[0][1] + 2 * flops[1][1] + flops[0][3] + 2 * flops[1][3] + flops[0][0]
+    assert plan.error > cached.error(7) > calibration.step_tables[0].error(7)
+    assert plan.cache == plan.arguments()["cache"] == Cache(0.1, 1)
+    chosen = [solve(made(seed), limit) for seed in range(8) for limit in (4, 6, 9, 14)]
+    skipping = [plan for plan in chosen if plan.cache]
+    assert skipping
+    for plan in skipping:
+        for step, ran in enumerate(runs(plan.steps)):
+            assert ran or plan.budgets[step] == plan.budgets[step - 1]
 
 
 def test_more_money_never_buys_a_worse_plan() -> None:
@@ -133,7 +171,8 @@ def test_impossible_target_names_the_least_possible() -> None:
 
 
 def _scaled() -> GuidanceTable:
-    return replace(made().tables[0], guidance=Guidance("cfg"), flops=[2 * 10**7 * f for f in (1, 2, 3, 4)])
+    doubled = [2 * 10**7 * f for f in (1, 2, 3, 4)]
+    return replace(made().tables[0], guidance=Guidance("cfg"), flops=doubled, flops_skipped=doubled)
 
 
 def test_error_of_a_step_is_what_it_does_to_samples(model: Model, plain: Calibration) -> None:
@@ -177,6 +216,11 @@ def test_flops_of_plans_are_those_of_sampling(model: Model, guidance: Guidance, 
     for table in calibration.tables:
         plan = predict(calibration, table, [1, 4, 2, 3, 4])
         assert plan.flops == sampling_flops(model, plan.steps, plan.budgets, plan.guidance, solver)
+        for stepping in calibration.step_tables[1:]:
+            levels = [1 + sum(stepping.runs(12)[: step + 1]) % 4 for step in range(12)]  # another one at every run
+            plan = predict(calibration, table, levels, stepping)
+            counted = sampling_flops(model, 12, plan.budgets, plan.guidance, solver, plan.cache)
+            assert plan.flops == counted < predict(calibration, table, levels).flops
 
 
 def test_seconds_of_every_pair_of_levels(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
@@ -184,7 +228,8 @@ def test_seconds_of_every_pair_of_levels(monkeypatch: pytest.MonkeyPatch, model:
     strong, weak, both = {1: 5.0, 2: 6.5, 4: 9.0}, {1: 1.0, 2: 1.5, 4: 3.0}, {1: 5.5, 2: 7.5, 4: 11.0}
     ways = [CFG, *(Guidance("ccfg", 2.0, level / 4) for level in strong)]
 
-    def steps(timer: Any, guidance: Guidance | None, levels: Sequence[int]) -> list[float]:
+    def steps(timer: Any, guidance: Guidance | None, levels: Sequence[int], skips_core: bool) -> list[float]:
+        assert not skips_core
         if guidance is None or guidance.budget is None:
             return [(strong if guidance is None else both)[level] for level in levels]
         return [strong[level] + weak[int(4 * guidance.budget)] for level in levels]
@@ -193,7 +238,7 @@ def test_seconds_of_every_pair_of_levels(monkeypatch: pytest.MonkeyPatch, model:
     timer = calibrating._StepTimer(calibrating._Samples(model, LABELS, 1, "linear"))
     plain, guided = timer.measure(ways, (1, 2, 4))
     assert plain == list(strong.values())
-    assert guided == [steps(timer, way, (1, 2, 4)) for way in ways]
+    assert guided == [steps(timer, way, (1, 2, 4), False) for way in ways]
 
 
 def test_only_trained_levels_are_measured_and_planned() -> None:

@@ -1,5 +1,5 @@
 """Measures once what the planner must know of a model on a device: what a sampling step costs at every level, how far
-it then is from the highest level, and what too few steps cost.
+it then is from the highest level, and what too few steps and a cache cost.
 
 Errors are root mean squares over the elements of a *sample*: the velocity's error at (noise level, level) is taken on
 the model's own trajectories, and multiplied by how much of a small change at that noise level remains in the sample.
@@ -24,14 +24,21 @@ from elit.atomic import write_json
 from elit.conditions import Condition, map_condition
 from elit.digest import weights_digest
 from elit.errors import ElitError
-from elit.flow import Guidance, Trajectory, advance, flow_of, sample, weak_level
+from elit.flow import Cache, Guidance, Trajectory, advance, flow_of, sample, weak_level
+from elit.flow.caching import embedding_changes
 from elit.flow.solvers import solver_named
 from elit.models import Model
 from elit.seeding import generator, normal
 
-FORMAT = 2  # of calibrations and plans; it rises when their numbers change their meaning
+FORMAT = 3  # of calibrations and plans; it rises when their numbers change their meaning
 NOISE_LEVELS = 8  # at which the velocity is compared, evenly from t = 1
 STEP_COUNTS = (2, 4, 8, 16, 32)  # at which the discretisation error is measured; it is a power law in between
+STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 24, 28, 32, 36, 40, 48, 56, 64)  # that plans may have
+CACHES = (
+    Cache(0.05, 1),
+    Cache(0.1, 1),
+    Cache(0.2, 1),
+)  # extrapolating is nearer than reusing (docs/results/caching.md)
 REFERENCE_STEPS = 64
 MAX_LEVELS = 9  # of more, some are left out
 TIMING_ROUNDS = 15
@@ -46,12 +53,41 @@ class GuidanceTable:
         errors: of a guided velocity against the reference's, as it shows in the sample: (noise levels, levels).
         seconds: of one evaluation of a batch with guidance on: (levels,).
         flops: of one evaluation of one sample with guidance on: (levels,).
+        seconds_skipped, flops_skipped: the same where a cache skips the core of both terms.
     """
 
     guidance: Guidance | None
     errors: list[list[float]]
     seconds: list[float]
     flops: list[int]
+    seconds_skipped: list[float]
+    flops_skipped: list[int]
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """What was measured of too few steps at the highest level, with a cache or without.
+
+    Attributes:
+        cache: None is none.
+        errors: of each of ``STEP_COUNTS``, against many steps without a cache.
+        core_runs: of each of ``STEPS``, at which steps the core runs.
+    """
+
+    cache: Cache | None
+    errors: list[float]
+    core_runs: list[list[bool]]
+
+    def error(self, steps: int) -> float:
+        """Predicts the error of so many steps, by a power law between those that were measured."""
+        x, y = np.log(STEP_COUNTS), np.log(self.errors)
+        at = int(np.clip(np.searchsorted(x, np.log(steps)) - 1, 0, len(x) - 2))
+        slope = (y[at + 1] - y[at]) / (x[at + 1] - x[at])
+        return float(np.exp(y[at] + slope * (np.log(steps) - x[at])))
+
+    def runs(self, steps: int) -> list[bool]:
+        """Tells at which of so many steps the core runs."""
+        return [True] * steps if self.cache is None else self.core_runs[STEPS.index(steps)]
 
 
 @dataclass(frozen=True)
@@ -64,8 +100,9 @@ class Calibration:
         times: noise levels, descending from 1.
         tables: one for each way to guide, the one asked for first.
         seconds: of one evaluation of a batch without guidance: (levels,). ``flops`` likewise, of one sample.
+        seconds_skipped, flops_skipped: the same where a cache skips the core.
         overhead: seconds of a call of :func:`elit.sample` beside its steps.
-        step_counts: numbers of steps at which ``step_errors`` is the error of the highest level.
+        step_tables: one for each cache, the one without first.
         stamp: what was measured, with what and when.
     """
 
@@ -75,18 +112,12 @@ class Calibration:
     tables: list[GuidanceTable]
     seconds: list[float]
     flops: list[int]
+    seconds_skipped: list[float]
+    flops_skipped: list[int]
     overhead: float
-    step_counts: list[int]
-    step_errors: list[float]
+    step_tables: list[StepTable]
     solver: str
     stamp: dict[str, Any]
-
-    def discretisation(self, steps: int) -> float:
-        """Predicts the error of so many steps at the highest level, by a power law between those that were measured."""
-        x, y = np.log(self.step_counts), np.log(self.step_errors)
-        at = int(np.clip(np.searchsorted(x, np.log(steps)) - 1, 0, len(x) - 2))
-        slope = (y[at + 1] - y[at]) / (x[at + 1] - x[at])
-        return float(np.exp(y[at] + slope * (np.log(steps) - x[at])))
 
     def errors_at(self, table: GuidanceTable, times: np.ndarray) -> np.ndarray:
         """Interpolates a table's errors at any noise levels, linearly: (noise levels, levels)."""
@@ -114,7 +145,8 @@ class Calibration:
                 tables = [
                     GuidanceTable(**{**t, "guidance": guidance_from(t["guidance"])}) for t in values.pop("tables")
                 ]
-                return cls(tables=tables, **values)
+                step_tables = [StepTable(**{**t, "cache": cache_from(t["cache"])}) for t in values.pop("step_tables")]
+                return cls(tables=tables, step_tables=step_tables, **values)
         except (ValueError, TypeError, KeyError) as error:
             raise ElitError(f"{path} is no calibration, or a damaged one; delete it to measure again") from error
         raise ElitError(f"{path} was calibrated by another version of elit; delete it to measure again")
@@ -123,6 +155,11 @@ class Calibration:
 def guidance_from(values: dict[str, Any] | None) -> Guidance | None:
     """Builds guidance from what JSON keeps of it."""
     return None if values is None else Guidance(**{**values, "interval": tuple(values["interval"])})
+
+
+def cache_from(values: dict[str, Any] | None) -> Cache | None:
+    """Builds a cache from what JSON keeps of it."""
+    return None if values is None else Cache(**values)
 
 
 def is_current(stamp: dict[str, Any]) -> bool:
@@ -187,27 +224,28 @@ def calibrate(
     ways = _ways_to_guide(model, guidance, levels)
     measurement = _ErrorMeasurement(_Samples(model, labels, num_samples, path), guidance, solver, seed)
     errors = measurement.velocity_errors(ways, levels)
-    counts, step_errors = measurement.step_errors()
     timer = _StepTimer(_Samples(model, labels, batch_size, path))
     seconds, seconds_guided = timer.measure(ways, levels)
+    seconds_skipped, seconds_guided_skipped = timer.measure(ways, levels, skips_core=True)
 
-    def flops(way: Guidance | None) -> list[int]:
+    def flops(way: Guidance | None, skips_core: bool = False) -> list[int]:
         weak = None if way is None else weak_level(model, way)
-        return [velocity_flops(model.config, level, way, weak) for level in levels]
+        return [velocity_flops(model.config, level, way, weak, skips_core) for level in levels]
 
     return Calibration(
         levels=list(levels),
         num_latents=model.num_latents,
         times=measurement.times,
         tables=[
-            GuidanceTable(way, of_way, timed, flops(way))
-            for way, of_way, timed in zip(ways, errors, seconds_guided, strict=True)
+            GuidanceTable(way, of_way, timed, flops(way), skipped, flops(way, skips_core=True))
+            for way, of_way, timed, skipped in zip(ways, errors, seconds_guided, seconds_guided_skipped, strict=True)
         ],
         seconds=seconds,
         flops=flops(None),
+        seconds_skipped=seconds_skipped,
+        flops_skipped=flops(None, skips_core=True),
         overhead=timer.overhead(seconds[-1]),
-        step_counts=counts,
-        step_errors=step_errors,
+        step_tables=measurement.step_tables(),
         solver=solver,
         stamp={**stamp, "date": environment()["date"]},
     )
@@ -237,7 +275,14 @@ class _Samples:
         self.null = None if self.labels is None else model.null_condition(self.labels)
 
     def start(
-        self, solver: str, noise: Tensor, times: Tensor, levels: Sequence[int], guidance: Guidance | None
+        self,
+        solver: str,
+        noise: Tensor,
+        times: Tensor,
+        levels: Sequence[int],
+        guidance: Guidance | None,
+        cache: Cache | None = None,
+        core_runs: Sequence[bool] = (),
     ) -> Trajectory:
         """Starts a trajectory of all samples.
 
@@ -245,6 +290,7 @@ class _Samples:
             noise: states (B, C, H, W) at the first time.
             times: (steps + 1,).
             levels: J~ of each step.
+            core_runs: with a cache, whether the core runs at each step.
         """
         weak = None if guidance is None else weak_level(self.model, guidance)
         return Trajectory(
@@ -257,6 +303,8 @@ class _Samples:
             self.null,
             [guidance] * self.count,
             [weak] * self.count,
+            cache=cache,
+            core_runs=[[runs] * self.count for runs in core_runs],
             device=self.model.device,
         )
 
@@ -274,12 +322,13 @@ class _ErrorMeasurement:
     def _grid(self, steps: int) -> Tensor:
         return self.flow.times(solver_named(self.solver), steps)
 
-    def _run(self, steps: int, start: Tensor, skipped: int = 0) -> list[Tensor]:
+    def _run(self, steps: int, start: Tensor, skipped: int = 0, cache: Cache | None = None) -> list[Tensor]:
         """Returns the states from the start on, at the highest level, entering the grid of ``steps`` after those
         skipped."""
         times = self._grid(steps)[skipped:]
         levels = [self.model.levels[-1]] * (len(times) - 1)
-        trajectory = self.samples.start(self.solver, start, times, levels, self.guidance)
+        core_runs = () if cache is None else cache.steps_that_run(embedding_changes(self.model, times))
+        trajectory = self.samples.start(self.solver, start, times, levels, self.guidance, cache, core_runs)
         states = [start]
         while not trajectory.is_done:
             advance(self.model, [trajectory])
@@ -287,10 +336,16 @@ class _ErrorMeasurement:
                 states.append(trajectory.x)
         return states
 
-    def step_errors(self) -> tuple[list[int], list[float]]:
-        """Measures the errors of fewer steps, against ``REFERENCE_STEPS``."""
+    def step_tables(self) -> list[StepTable]:
+        """Measures the errors of fewer steps, without a cache and with each, against ``REFERENCE_STEPS`` without."""
         reference = self._run(REFERENCE_STEPS, self.noise)[-1]
-        return list(STEP_COUNTS), [root_mean_square(self._run(n, self.noise)[-1] - reference) for n in STEP_COUNTS]
+        changes = [embedding_changes(self.model, self._grid(steps)) for steps in STEPS]
+        tables = []
+        for cache in (None, *CACHES):
+            ends = [self._run(n, self.noise, cache=cache)[-1] for n in STEP_COUNTS]
+            core_runs = [] if cache is None else [cache.steps_that_run(of_grid) for of_grid in changes]
+            tables.append(StepTable(cache, [root_mean_square(end - reference) for end in ends], core_runs))
+        return tables
 
     def velocity_errors(self, ways: Sequence[Guidance | None], levels: Sequence[int]) -> list[list[list[float]]]:
         """Measures errors against the first way to guide at the highest level, as they show in the sample: (ways, noise
@@ -344,30 +399,40 @@ class _StepTimer:
         self.samples, self.model = samples, samples.model
         self.noise = torch.zeros(samples.count, *samples.flow.state_shape, device=self.model.device)
 
-    def measure(self, ways: Sequence[Guidance | None], levels: Sequence[int]) -> tuple[list[float], list[list[float]]]:
+    def measure(
+        self, ways: Sequence[Guidance | None], levels: Sequence[int], skips_core: bool = False
+    ) -> tuple[list[float], list[list[float]]]:
         """Times a step without guidance (levels,), and with each way to guide (ways, levels): medians of rounds.
 
         The first way is timed at every level. The others, ``ccfg`` beside ``cfg``, are timed at the lowest level of the
         strong term alone: their weak term is a forward of its own, which takes what it takes beside any strong term.
+
+        Args:
+            skips_core: time steps at which a cache skips the core.
         """
         always = [None if way is None else replace(way, interval=(0.0, 1.0)) for way in ways]
         rows = [(None, levels), (always[0], levels), *((way, levels[:1]) for way in always[1:])]
-        turns = [[self._steps(*row) for row in rows] for _ in range(TIMING_ROUNDS + 1)][1:]  # the first warms up
+        turns = [[self._steps(*row, skips_core) for row in rows] for _ in range(TIMING_ROUNDS + 1)][1:]  # warmed up
         plain, first, *others = [
             [statistics.median(seconds) for seconds in zip(*of_row, strict=True)] for of_row in zip(*turns, strict=True)
         ]
         return plain, [first, *([seconds + lowest - plain[0] for seconds in plain] for (lowest,) in others)]
 
-    def _steps(self, guidance: Guidance | None, levels: Sequence[int]) -> list[float]:
-        """Returns the seconds of one step at each level, after one that does not count."""
-        times = torch.linspace(1, 0, len(levels) + 2, dtype=torch.float64)
-        trajectory = self.samples.start("euler", self.noise, times, [levels[0], *levels], guidance)
+    def _steps(self, guidance: Guidance | None, levels: Sequence[int], skips_core: bool = False) -> list[float]:
+        """Returns the seconds of one step at each level, after two that do not count.
+
+        Levels fall from step to step, for a cache only has what it needs of lower ones.
+        """
+        falling = list(reversed(levels))
+        times = torch.linspace(1, 0, len(levels) + 3, dtype=torch.float64)
+        cache = (CACHES[0], [True, True, *(False for _ in levels)]) if skips_core else ()
+        trajectory = self.samples.start("euler", self.noise, times, [*falling[:1] * 2, *falling], guidance, *cache)
         stamps = []
         while not trajectory.is_done:
             advance(self.model, [trajectory])
             synchronize(self.model.device)
             stamps.append(time.perf_counter())
-        return [end - start for start, end in zip(stamps, stamps[1:], strict=False)]
+        return [end - start for start, end in zip(stamps[1:], stamps[2:], strict=False)][::-1]
 
     def overhead(self, seconds: float) -> float:
         """Measures the seconds of a call of :func:`elit.sample` beside its steps, which take ``seconds`` each at the

@@ -87,7 +87,11 @@ def _counted(run: Callable[[], Any]) -> tuple[Any, int]:
 
 
 def velocity_flops(
-    config: TransformerConfig, level: int, guidance: Guidance | None = None, weak_level: int | None = None
+    config: TransformerConfig,
+    level: int,
+    guidance: Guidance | None = None,
+    weak_level: int | None = None,
+    skips_core: bool = False,
 ) -> int:
     """Counts the FLOPs of one velocity of one sample, with both terms where it is guided.
 
@@ -98,11 +102,14 @@ def velocity_flops(
         level: J~ of the strong term.
         guidance: None where it is off at this time.
         weak_level: J~ of the weak term; None where it is that of the strong one.
+        skips_core: whether a cache skips the core of both terms.
     """
     strong = count_flops(config, level)
+    weak = strong if weak_level is None else count_flops(config, weak_level)
+    if skips_core:
+        strong, weak = strong._replace(core=0), weak._replace(core=0)
     if guidance is None:
         return strong.total
-    weak = strong if weak_level is None else count_flops(config, weak_level)
     if guidance.drops_condition:
         return strong.total + weak.total
     return strong.encode + max(strong.read, weak.read) + strong.core + strong.decode + weak.core + weak.decode

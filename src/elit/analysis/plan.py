@@ -18,18 +18,26 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from elit.analysis.calibration import Calibration, GuidanceTable, guidance_from, is_current, root_mean_square
+from elit.analysis.calibration import (
+    STEPS,
+    Calibration,
+    GuidanceTable,
+    StepTable,
+    cache_from,
+    guidance_from,
+    is_current,
+    root_mean_square,
+)
 from elit.analysis.measure import Latency, time_interleaved
 from elit.atomic import write_json
 from elit.conditions import Condition
 from elit.errors import ElitError
-from elit.flow import Guidance, sample
+from elit.flow import Cache, Guidance, sample
 from elit.flow.solvers import SOLVERS, time_grid
 from elit.models import Model
 
 CostKind = Literal["seconds", "flops"]
 TableKind = Literal["seconds", "flops", "error"]
-STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 24, 28, 32, 36, 40, 48, 56, 64)
 MIN_STEPS = 4  # of fewer, the discretisation error is no guide to quality
 COST_UNITS = 4000
 
@@ -41,6 +49,7 @@ class Plan:
     Attributes:
         budgets: of the strong term, one per step.
         guidance: with its weak budget; None is none.
+        cache: when the core is skipped; None is never.
         solver: the calibrated one.
         path: likewise.
         seconds: predicted, of a call that samples one batch of the calibrated size.
@@ -51,6 +60,7 @@ class Plan:
 
     budgets: list[float]
     guidance: Guidance | None
+    cache: Cache | None
     solver: str
     path: str
     seconds: float
@@ -68,6 +78,7 @@ class Plan:
             "steps": self.steps,
             "budget": self.budgets,
             "guidance": self.guidance,
+            "cache": self.cache,
             "solver": self.solver,
             "path": self.path,
         }
@@ -89,39 +100,49 @@ class Plan:
         """
         try:
             values = json.loads(Path(path).read_text())
-            plan = cls(**{**values, "guidance": guidance_from(values["guidance"])})
-            current = is_current(plan.stamp)
+            current = is_current(values["stamp"])
+            made = {"guidance": guidance_from(values["guidance"]), "cache": cache_from(values.get("cache"))}
+            plan = cls(**{**values, **made}) if current else None
         except OSError as error:
             raise ElitError(f"cannot read the plan {path}: {error.strerror or error}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ElitError(f"{path} is no plan of elit plan, or a damaged one") from error
-        if not current:
+        if plan is None:
             raise ElitError(f"{path} was planned by another version of elit; make it again with elit plan")
         return plan
 
 
-def predict(calibration: Calibration, table: GuidanceTable, levels: Sequence[int]) -> Plan:
-    """Predicts cost and error of a schedule: one level per step, of those that are calibrated."""
+def predict(
+    calibration: Calibration, table: GuidanceTable, levels: Sequence[int], stepping: StepTable | None = None
+) -> Plan:
+    """Predicts cost and error of a schedule: one level per step, of those that are calibrated.
+
+    Args:
+        stepping: with which cache; None is without.
+    """
+    stepping = calibration.step_tables[0] if stepping is None else stepping
     costs, flops, errors = (
-        _step_table(calibration, table, len(levels), kind) for kind in ("seconds", "flops", "error")
+        _step_table(calibration, table, stepping, len(levels), kind) for kind in ("seconds", "flops", "error")
     )
     at = range(len(levels)), [calibration.levels.index(level) for level in levels]
-    of_budgets = errors[at].sum()
     return Plan(
         budgets=[level / calibration.num_latents for level in levels],
         guidance=table.guidance,
+        cache=stepping.cache,
         solver=calibration.solver,
         path=calibration.stamp["path"],
         seconds=float(costs[at].sum()) + calibration.overhead,
         flops=int(flops[at].sum()),
-        error=float(np.hypot(calibration.discretisation(len(levels)), of_budgets)),
+        error=float(np.hypot(stepping.error(len(levels)), errors[at].sum())),
         stamp=calibration.stamp,
     )
 
 
-def constant_plan(calibration: Calibration, table: GuidanceTable, level: int, steps: int) -> Plan:
+def constant_plan(
+    calibration: Calibration, table: GuidanceTable, level: int, steps: int, stepping: StepTable | None = None
+) -> Plan:
     """Makes the plan of one level for all steps."""
-    return predict(calibration, table, [level] * steps)
+    return predict(calibration, table, [level] * steps, stepping)
 
 
 def solve(calibration: Calibration, limit: float, cost: CostKind = "seconds", min_steps: int = MIN_STEPS) -> Plan:
@@ -137,10 +158,12 @@ def solve(calibration: Calibration, limit: float, cost: CostKind = "seconds", mi
     if not counts:
         raise ElitError(f"min_steps is {min_steps}; plans have up to {STEPS[-1]} steps")
     plans = [
-        predict(calibration, table, levels)
+        predict(calibration, table, levels, stepping)
         for table in calibration.tables
         for steps in counts
-        if (levels := _schedule(calibration, table, steps, limit, cost)) is not None
+        for stepping in calibration.step_tables
+        if stepping.cache is None or not all(stepping.runs(steps))
+        if (levels := _schedule(calibration, table, stepping, steps, limit, cost)) is not None
     ]
     if not plans:
         cheapest = min(
@@ -158,7 +181,8 @@ def baseline_plans(calibration: Calibration, limit: float, steps: int, cost: Cos
     """Makes what one would do within the limit without a planner, guided as asked; those that exist, by name.
 
     ``constant budget``: the usual ``steps`` at the highest budget that they leave. ``best constant``: the steps
-    and the one budget of least predicted error. ``fewer steps``: the highest level.
+    and the one budget of least predicted error. ``fewer steps``: the highest level. ``cached``: the highest level with
+    the steps and the cache of least predicted error.
     """
     table, highest = calibration.tables[0], calibration.levels[-1]
 
@@ -166,10 +190,12 @@ def baseline_plans(calibration: Calibration, limit: float, steps: int, cost: Cos
         plans = (constant_plan(calibration, table, level, n) for level in levels for n in counts)
         return [plan for plan in plans if getattr(plan, cost) <= limit]
 
+    cached = (constant_plan(calibration, table, highest, n, s) for s in calibration.step_tables[1:] for n in STEPS)
     found = {
         "constant budget": max(within([steps]), key=lambda p: p.budgets[0], default=None),
         "best constant": min(within(STEPS), key=lambda p: p.error, default=None),
         "fewer steps": max(within(STEPS, [highest]), key=lambda p: p.steps, default=None),
+        "cached": min((p for p in cached if getattr(p, cost) <= limit), key=lambda p: p.error, default=None),
     }
     return {name: plan for name, plan in found.items() if plan is not None}
 
@@ -201,15 +227,24 @@ def format_cost(value: float, cost: CostKind) -> str:
 
 
 def _schedule(
-    calibration: Calibration, table: GuidanceTable, steps: int, limit: float, cost: CostKind
+    calibration: Calibration, table: GuidanceTable, stepping: StepTable, steps: int, limit: float, cost: CostKind
 ) -> list[int] | None:
-    """Returns the levels of least error within the limit, or None where the lowest level is too dear."""
+    """Returns the levels of least error within the limit, or None where the lowest level is too dear.
+
+    Steps that skip the core have the level of the step whose effect they use, so each such run is one choice.
+    """
     left = limit - (calibration.overhead if cost == "seconds" else 0)
-    costs = _step_table(calibration, table, steps, cost)
+    starts = np.flatnonzero(stepping.runs(steps))
+    costs, errors = (
+        np.add.reduceat(_step_table(calibration, table, stepping, steps, kind), starts) for kind in (cost, "error")
+    )
     if costs.min(axis=1).sum() > left:
         return None
-    chosen = knapsack(costs / left, _step_table(calibration, table, steps, "error"))
-    return None if chosen is None else [calibration.levels[i] for i in chosen]
+    chosen = knapsack(costs / left, errors)
+    if chosen is None:
+        return None
+    lengths = np.diff(starts, append=steps)
+    return [calibration.levels[i] for i, length in zip(chosen, lengths, strict=True) for _ in range(length)]
 
 
 def knapsack(costs: np.ndarray, errors: np.ndarray, units: int = COST_UNITS) -> list[int] | None:
@@ -240,15 +275,26 @@ def knapsack(costs: np.ndarray, errors: np.ndarray, units: int = COST_UNITS) -> 
     return chosen[::-1]
 
 
-def _step_table(calibration: Calibration, table: GuidanceTable, steps: int, kind: TableKind) -> np.ndarray:
+def _step_table(
+    calibration: Calibration, table: GuidanceTable, stepping: StepTable, steps: int, kind: TableKind
+) -> np.ndarray:
     """Returns the cost or the error of every step at every level: (steps, levels)."""
     times = time_grid(calibration.solver, steps)
     if kind == "error":
         return -times.diff().numpy()[:, None] * calibration.errors_at(table, times[:-1].numpy())
     plain, guided = np.array(getattr(calibration, kind)), np.array(getattr(table, kind))
+    skipped = np.array(getattr(calibration, f"{kind}_skipped")), np.array(getattr(table, f"{kind}_skipped"))
     on = np.zeros(steps + 1, bool) if table.guidance is None else table.guidance.active(times).numpy()
-    at_times = np.where(on[:, None], guided, plain)  # of one evaluation at each time
-    costs: np.ndarray = at_times[:-1].copy()
-    # A solver of second order evaluates at the end of each step too, but for the last.
-    costs[:-1] += (SOLVERS[calibration.solver].evaluations - 1) * at_times[1:-1]
+    costs, weak_is_known = np.zeros((steps, len(plain))), False
+    for step, runs in enumerate(stepping.runs(steps)):
+        # A solver of second order evaluates at the end of each step too, but for the last.
+        evaluations = 1 if step == steps - 1 else SOLVERS[calibration.solver].evaluations
+        for at in range(step, step + evaluations):
+            if runs:
+                costs[step] += guided if on[at] else plain
+            elif on[at] and not weak_is_known:  # the weak term's core runs, for guidance was off when the other's did
+                costs[step] += skipped[0] + guided - plain
+            else:
+                costs[step] += skipped[int(on[at])]
+            weak_is_known = weak_is_known or bool(on[at])
     return costs

@@ -107,7 +107,8 @@ class PlanOptions(GuidanceOptions, ModelOptions):
 
 
 def make_plan(options: PlanOptions) -> Plan:
-    """Choose steps, a budget for each of them and the weak budget of guidance that fit a latency or a number of FLOPs.
+    """Choose steps, a budget for each of them, the weak budget of guidance and a cache that fit a latency or a number
+    of FLOPs.
 
     The model is measured once per device, batch size and guidance (kept in the cache), the plan is solved for,
     written, and measured beside what one would do without it. Give one of latency_ms, gflops and speedup. With cfg,
@@ -220,7 +221,7 @@ def print_rows(console: Console, rows: list[Row], target: str, batch_size: int) 
     """Prints one row per plan, and below the table what its columns mean."""
     table = Table(title=f"target {target}", title_justify="left", box=box.SIMPLE, pad_edge=False)
     table.add_column("", no_wrap=True)
-    for heading in ("steps", "budget", "weak", "GFLOPs", "ms", "error", *scores(rows[0])):
+    for heading in ("steps", "budget", "weak", "cache", "GFLOPs", "ms", "error", *scores(rows[0])):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(row.name, *cells(row), *(format_number(value) for value in scores(row).values()))
@@ -229,13 +230,13 @@ def print_rows(console: Console, rows: list[Row], target: str, batch_size: int) 
     what = "predicted/measured" if rows[0].seconds else "predicted"
     console.print(
         f"ms and error: {what}; ms of {images}, all steps, without decoding; GFLOPs of one image (1 MAC = 2 FLOPs); "
-        "weak: budget of the weak term of guidance; error: root mean square distance to "
-        f"{REFERENCE_STEPS} steps at full budget"
+        "weak: budget of the weak term of guidance; cache: threshold of elit.Cache, which skips the core where little "
+        f"changes; error: root mean square distance to {REFERENCE_STEPS} steps at full budget"
     )
 
 
 def cells(row: Row) -> list[str]:
-    """Writes steps, budget, weak budget, GFLOPs, milliseconds and error of a row."""
+    """Writes steps, budget, weak budget, cache, GFLOPs, milliseconds and error of a row."""
     plan = row.plan
     low, high = min(plan.budgets), max(plan.budgets)
     weak = (
@@ -245,6 +246,7 @@ def cells(row: Row) -> list[str]:
         str(plan.steps),
         f"{low:.2g}" if low == high else f"{low:.2g}..{high:.2g}",
         weak,
+        "-" if plan.cache is None else f"{plan.cache.threshold:g}",
         format_number(plan.flops / 1e9, 4),
         predicted_and_measured(plan.seconds * 1e3, row.seconds and row.seconds * 1e3, 3),
         predicted_and_measured(plan.error, row.error, 2),
