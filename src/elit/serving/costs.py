@@ -4,8 +4,9 @@ import statistics
 import time
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from elit.analysis.calibration import Calibration, choose_levels
@@ -117,13 +118,15 @@ def measure_costs(model: Model, path: str = "linear", most_rows: float | None = 
         sizes.append(size)
         if len(sizes) > 1 and columns[-1][-1] > 2 * columns[-2][-1] / ENOUGH_GAIN:
             break
-    table = CostTable(levels, tuple(sizes), tuple(zip(*columns, strict=True)))
+    # A larger batch or a higher level cannot take less: where it seems to, the other was disturbed.
+    rising = np.minimum.accumulate(np.minimum.accumulate(np.array(columns).T[::-1, ::-1], 0), 1)[::-1, ::-1]
+    table = CostTable(levels, tuple(sizes), tuple(map(tuple, rising.tolist())))
     if len(levels) == 1 or sizes[-1] == 1:
         return table
     half = sizes[-1] // 2
     (mixed,) = _time_steps(model, path, [[levels[0]] * half + [levels[-1]] * half])
     mixing = max(0.0, mixed - table.forward({levels[0]: half, levels[-1]: half}))
-    return CostTable(table.levels, table.batch_sizes, table.seconds, mixing)
+    return replace(table, mixing=mixing)
 
 
 def _time_steps(model: Model, path: str, batches: Sequence[Sequence[int]]) -> list[float]:

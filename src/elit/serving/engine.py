@@ -175,7 +175,8 @@ class Engine:
     Args:
         model: any model of this library. From :meth:`start` on it belongs to the engine's thread.
         options: see :class:`EngineOptions`.
-        calibration: the planner's measurement of this model on this machine, in place of :meth:`warm_up`'s.
+        calibration: what was measured of this model on this machine before, by the planner or as
+            :attr:`Engine.costs`; :meth:`warm_up` then measures nothing.
         scheduler: the class that decides what runs next.
 
     Attributes:
@@ -190,7 +191,7 @@ class Engine:
         self,
         model: Model,
         options: EngineOptions | None = None,
-        calibration: Calibration | None = None,
+        calibration: Calibration | CostTable | None = None,
         scheduler: type[Scheduler] = Scheduler,
     ) -> None:
         self.model = model
@@ -386,10 +387,11 @@ class Engine:
             return
         most = self.options.max_work
         with torch.no_grad():
-            if self.calibration is None:
+            given = self.calibration
+            if given is None:
                 self.costs = measure_costs(self.model, self.options.path, most)
             else:
-                self.costs = CostTable.from_calibration(self.calibration)
+                self.costs = given if isinstance(given, CostTable) else CostTable.from_calibration(given)
         with self._changed:
             self._scheduler.set_costs(self.costs, most or self.costs.saturating_work())
             self._is_warm = True
