@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= 2  # processes that run tests
 
 .PHONY: quickstart test test-all lint clean
 
@@ -8,10 +9,10 @@ quickstart: $(VENV)/.installed  ## train a small elastic model on real digits an
 	$(BIN)/elit quickstart --out runs/quickstart
 
 test: $(VENV)/.installed lint  ## lint, types and all tests but the slow ones
-	$(BIN)/python -m pytest --cov --cov-report=term -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report=term -m "not slow"
 
 test-all: $(VENV)/.installed lint  ## lint, types and all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

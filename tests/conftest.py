@@ -1,6 +1,10 @@
 """What every test starts from."""
 
+import os
 from collections.abc import Iterator
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests in parallel: one thread each, also in the processes that they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
