@@ -16,8 +16,8 @@ All of them refuse a request at once that they predict to miss the objective. At
 requests that were finished in time: a refused one is a miss. A model's name in place of a folder means random weights.
 
 Every cell of the measurement is a file in `--out`, so that the parts can run one by one and go on where they stopped:
-`costs`, `measure`, `overload` (3x for two minutes), `simulate`, `quality` and `report`. Quality is that of 1000 images
-of the same seeds for every cell, with the budgets and steps that its requests were delivered.
+`measure`, `overload` (3x for two minutes) and `report`, which also simulates every cell and judges the quality of its
+mix: that of 500 images, of the same seeds for all cells, with budgets and steps as its requests were delivered.
 """
 
 import json
@@ -53,7 +53,8 @@ from elit.serving.simulator import simulate
 
 STEP_COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
 SATURATING = 100  # requests that are submitted at once to measure the capacity
-QUALITY_SAMPLES = 1000
+QUALITY_SAMPLES = 500
+OBJECTIVE = 3.0  # times what a full batch takes at full budget
 OVERLOAD, OVERLOAD_SECONDS = 3.0, 120.0
 BURST = (4.0, 1.0, 2.5, 0.5)  # seconds of a period, of its burst, and the rates within and outside, over the mean
 console = Console(width=160)
@@ -73,36 +74,41 @@ class RequestLevel(Scheduler):
 class FewerSteps(Scheduler):
     """Gives requests that begin as many steps as the controller's rule allows, in place of a budget."""
 
-    steps = STEP_COUNTS[-1]
+    def __init__(self, costs: CostTable, options: SchedulerOptions) -> None:
+        super().__init__(costs, options)
+        self.steps = STEP_COUNTS[-1]
+        self.asked: dict[Job, int] = {}
 
     def add(self, job: Job) -> None:
         """Takes a job and remembers how many steps were asked for."""
         super().add(job)
-        job.min_level = job.steps  # which a fixed budget leaves free
-        job.steps = min(self.steps, job.min_level)
+        self.asked[job] = job.steps
+        job.steps = min(self.steps, job.steps)
 
     def _decide(self, jobs: Sequence[Job], now: float) -> None:
         self._batches_since = 0
         options = self.options.controller
         for steps in reversed(STEP_COUNTS):
-            self._set_steps(jobs, steps)
+            self._set_steps(steps)
             room = options.headroom if steps <= self.steps else options.raise_headroom
             if keeps(self._load(jobs, now), self.level, room, options.attainment):
                 break
         self.steps = steps
 
-    def _set_steps(self, jobs: Sequence[Job], steps: int) -> None:
-        for job in jobs:
+    def _set_steps(self, steps: int) -> None:
+        """Sets the steps of those that have not begun."""
+        for job in self:
             if job.started is None:
-                job.steps = min(steps, job.min_level)
+                job.steps = min(steps, self.asked[job])
 
     def _predicted_finish(self, job: Job, now: float) -> float:
+        """Predicts with the fewest steps, as the controller does with the lowest levels."""
         asked = job.steps
-        self._set_steps(list(self), STEP_COUNTS[0])
+        self._set_steps(STEP_COUNTS[0])
         job.steps = min(STEP_COUNTS[0], asked)
         finish = super()._predicted_finish(job, now)
         job.steps = asked
-        self._set_steps(list(self), self.steps)
+        self._set_steps(self.steps)
         return finish
 
 
@@ -175,15 +181,14 @@ def prepare(model: Model, steps: int, guidance: Guidance | None, objective: floa
         virtual = Scheduler(costs, SchedulerOptions(model.levels[-1:], costs.saturating_work()))
         jobs = [new_job(blank.request(POLICIES["fixed full"], i), model, 0.0) for i in range(SATURATING)]
         predicted = max(outcome.latency for outcome in simulate(virtual, jobs))
-        work = costs.saturating_work()
-        batch = steps * costs.forward({model.levels[-1]: work * (2 if guidance else 1)}) * measured / predicted
+        batch = steps * costs.forward({model.levels[-1]: costs.saturating_work()}) * measured / predicted
         write_json(
             file,
             {
                 "costs": asdict(costs),
                 "capacity": SATURATING / measured,
                 "slowdown": measured / predicted,
-                "objective": objective or 4 * batch,
+                "objective": objective or OBJECTIVE * batch,
                 "environment": environment(),
             },
         )
@@ -466,12 +471,12 @@ def load_model(name: str) -> tuple[Model, bool]:
 
 def benchmark(
     model: str = "runs/quickstart/run",
-    parts: str = "costs,measure,overload,report",
+    parts: str = "measure,overload,report",
     policies: str = ",".join(POLICIES),
     patterns: str = "poisson,bursts",
-    loads: str = "0.25,0.5,0.8,1,1.5,2,3",
+    loads: str = "0.25,0.5,0.8,1.2,2,3",
     steps: int = 16,
-    guidance_scale: float = 2.0,
+    guidance_scale: float = 1.0,
     objective: float | None = None,
     seconds: float = 8.0,
     minutes: float = 1e9,
@@ -483,13 +488,13 @@ def benchmark(
 
     Args:
         model: the run of elit quickstart, or a named model, which then has random weights and no quality.
-        parts: of costs, measure, overload and report, written with commas.
+        parts: of measure, overload and report, written with commas; the first measures costs and capacity.
         policies: which of them to measure.
         patterns: of arrivals: poisson and bursts.
         loads: offered, in multiples of the capacity at full budget.
         steps: of every request.
-        guidance_scale: of classifier-free guidance of the digits; 1 is none.
-        objective: seconds from a request to its image; by default four times what a full batch takes at full budget.
+        guidance_scale: of classifier-free guidance, for digits; 1 is none.
+        objective: seconds from a request to its image; by default three times what a full batch takes at full budget.
         seconds: of one cell.
         minutes: no cell begins that would end later; call again to go on.
         seed: of the arrivals.

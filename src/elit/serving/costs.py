@@ -111,8 +111,8 @@ def measure_costs(model: Model, path: str = "linear", most_rows: float | None = 
             break
         try:
             columns.append(_time_steps(model, path, [[level] * size for level in levels]))
-        except (torch.OutOfMemoryError, MemoryError):
-            if not sizes:
+        except (RuntimeError, MemoryError) as error:
+            if not sizes or not is_out_of_memory(error):
                 raise
             break
         sizes.append(size)
@@ -146,3 +146,8 @@ def _time_steps(model: Model, path: str, batches: Sequence[Sequence[int]]) -> li
             torch.cat([trajectory.x for trajectory in flight]).isfinite().all().item()
             seconds += [time.perf_counter() - start] * (turn > 0)  # the first warms up
     return [statistics.median(seconds) for seconds in stamps]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tells whether there was not enough memory, on a GPU or elsewhere."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

@@ -20,7 +20,7 @@ from elit.flow.solvers import solver_named
 from elit.interface import check_budget
 from elit.models import Model
 from elit.serving.controller import ControllerOptions
-from elit.serving.costs import MEASURED_LEVELS, CostTable, measure_costs
+from elit.serving.costs import MEASURED_LEVELS, CostTable, is_out_of_memory, measure_costs
 from elit.serving.job import Job
 from elit.serving.request import (
     EngineClosedError,
@@ -558,8 +558,3 @@ def are_finite(flight: Sequence[Trajectory]) -> list[bool]:
         return []
     finite: list[bool] = torch.cat([trajectory.x for trajectory in flight]).flatten(1).isfinite().all(1).tolist()
     return finite
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tells whether there was not enough memory, on a GPU or elsewhere."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

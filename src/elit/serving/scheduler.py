@@ -55,6 +55,7 @@ class Scheduler:
         self.slowdown = 1.0
         self._jobs: dict[Job, None] = {}  # in order of arrival
         self._batches_since = 0  # the last decision
+        self._last_backlog = float("-inf"), 0.0  # when it was predicted, and the seconds
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -144,12 +145,19 @@ class Scheduler:
         """Returns None where a job may come in, else the seconds after which it is worth trying again."""
         self._set_deadline(job)
         if self.queued >= self.options.queue_limit:
-            late = self._predicted_finish(job, now) - now
-        elif self.options.refuse_late and not job.is_too_long:
-            late = self._predicted_finish(job, now) - job.deadline
-        else:
+            return self._backlog(now)
+        if not self.options.refuse_late or job.is_too_long:
             return None
+        late = self._predicted_finish(job, now) - job.deadline
         return late if late > 0 else None
+
+    def _backlog(self, now: float) -> float:
+        """Predicts the seconds until all that is here is finished, anew at most once a second: a full queue is long."""
+        counted, seconds = self._last_backlog
+        if not counted <= now < counted + 1:
+            seconds = max(predicted_finishes(self._load(list(self._jobs), now), self.options.levels[0])) - now
+            self._last_backlog = now, seconds
+        return seconds
 
     def _predicted_finish(self, job: Job, now: float) -> float:
         """Predicts when a job would be finished if it came in now, at the lowest levels that everybody allows."""
