@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from elit.models import create
 from elit.training import TrainConfig
 from elit.training.budgets import training_levels
-from elit.training.trainer import check
+from elit.training.checks import check
 from tests.analysis.closed_form import closed_form
 
 FOLDER = Path(__file__).parents[2] / "configs/train"

@@ -117,7 +117,8 @@ def test_images_of_the_published_layout(tmp_path: Path, encoder: str) -> None:
     of_images = AlignmentFeatures(encoder, trainer.model, images, torch.device("cpu"))  # type: ignore[arg-type]
     indices = torch.tensor([2, 0])
     latents = trainer.data.batch(indices)[0]
-    assert torch.equal(trainer.features(indices, latents), of_images(indices, images.images[indices]))
+    pixels = trainer.features.read(indices, None)
+    assert torch.equal(trainer.features(pixels, latents), of_images(None, images.images[indices]))
     trainer.run_to_end()
     (root / "images/00000/img00000003.png").rename(root / "images/00000/img00000009.png")
     (root / "images/dataset.json").unlink()

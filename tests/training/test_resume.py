@@ -11,6 +11,7 @@ import torch
 from elit import ElitError
 from elit.training import OptimizerConfig, StepReport, Trainer, state
 from elit.training.deterministic import deterministic_algorithms
+from elit.training.loader import StepBatch
 from tests.helpers.runs import STEPS, arguments, config, contents, kill, moments, wait_for_line
 
 
@@ -112,9 +113,9 @@ def test_a_deterministic_run_is_the_same_on_a_processor(tmp_path: Path, monkeypa
     during = []
 
     class Watched(Trainer):
-        def _train_step(self) -> StepReport:
+        def _train_step(self, batch: StepBatch) -> StepReport:
             during.append(torch.are_deterministic_algorithms_enabled())
-            return super()._train_step()
+            return super()._train_step(batch)
 
     settings = {"steps": 16, "optimizer": OptimizerConfig("muon", lr=1e-3, warmup_steps=5)}
     whole, run = tmp_path / "whole", tmp_path / "run"

@@ -20,7 +20,7 @@ from elit.commands.train import show_progress
 from elit.data import ImageData, digits8
 from elit.models import create
 from elit.training import ElasticConfig, OptimizerConfig, TrainConfig, Trainer
-from elit.training.optim import lr_factor, make_ema, make_optimizers, named_groups
+from elit.training.optim import MovingAverage, lr_factor, make_optimizers, named_groups
 from tests.helpers.runs import config
 
 ROOT = Path(__file__).parents[2]
@@ -312,7 +312,7 @@ def test_muon_orthogonalizes_queries_keys_and_values_one_by_one() -> None:
 
 def test_average_follows_its_definition() -> None:
     model = create("DiT-S/2", input_size=4, width=8, num_heads=2, depth=1)
-    average = make_ema(model, 0.5)
+    average = MovingAverage(model, 0.5)
     expected = None
     for i in range(8):
         with torch.no_grad():
@@ -320,7 +320,7 @@ def test_average_follows_its_definition() -> None:
         decay = min(0.5, (1 + i) / (10 + i))
         current = model.final.linear.weight.detach().clone()
         expected = current if expected is None else decay * expected + (1 - decay) * current
-        average.update_parameters(model)
+        average.update(model, i, torch.tensor(True))
     torch.testing.assert_close(average.module.final.linear.weight, expected)  # float32 rounding
 
 

@@ -23,6 +23,7 @@ from elit.flow import sample
 from elit.interface import listed
 from elit.models import Model
 from elit.training import TrainConfig, Trainer
+from elit.training.speed import Speed
 from elit.training.trainer import STOP_SIGNALS
 
 
@@ -59,8 +60,11 @@ def describe(trainer: Trainer) -> str:
 
 def show_progress(trainer: Trainer) -> None:
     """Runs a trainer to its end, or until Ctrl-C or SIGTERM, behind a bar with loss, speed and the time left, drawing
-    samples where it asks."""
-    loss = None
+    samples where it asks.
+
+    The loss that it shows is that of the step before, for which nothing needs to wait.
+    """
+    loss, before = None, None
     total = trainer.config.steps
     with (
         stop_on_signals(trainer),
@@ -69,20 +73,30 @@ def show_progress(trainer: Trainer) -> None:
         for report in trainer:
             if not bar.n:
                 bar.initial = bar.n = report.step - 1  # a continued run: time left counts from here
-            loss = smoothed(loss, report.loss)
             bar.update()
-            shown = {"loss": "not finite" if loss is None else f"{loss:.4f}"}
-            if report.skipped:
-                shown["skipped"] = f"{report.skipped}"
-            if trainer.last_speed is not None:
-                shown["images/s"] = f"{trainer.last_speed.images_per_second:.0f}"
-                if trainer.last_speed.mfu is not None:
-                    shown["MFU"] = f"{trainer.last_speed.mfu:.0%}"
-            bar.set_postfix(shown, refresh=False)
+            if before is not None:
+                loss = smoothed(loss, before.loss)
+                bar.set_postfix(postfix(loss, before.skipped, trainer.last_speed), refresh=False)
+            before = report
             if trainer.validation.due(report.step) and trainer.config.validation.images:
                 model = trainer.averaged()  # all processes put it together
                 if trainer.is_main:
                     draw_samples(trainer, model)
+        if before is not None:
+            bar.set_postfix(postfix(smoothed(loss, before.loss), before.skipped, trainer.last_speed), refresh=False)
+
+
+def postfix(loss: float | None, skipped: int, speed: Speed | None) -> dict[str, str]:
+    """Returns what the bar shows beside the number of steps."""
+    shown = {"loss": "not finite" if loss is None else f"{loss:.4f}"}
+    if skipped:
+        shown["skipped"] = f"{skipped}"
+    if speed is not None:
+        shown["images/s"] = f"{speed.images_per_second:.0f}"
+        if speed.mfu is not None:
+            shown["MFU"] = f"{speed.mfu:.0%}"
+        shown["waiting for data"] = f"{speed.data_wait:.0%}"
+    return shown
 
 
 def smoothed(average: float | None, loss: float) -> float | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from elit.data.captions import Captioned, captioned_digits
 from elit.data.clips import ClipFolder
-from elit.data.dataset import Data, ImageData
+from elit.data.dataset import Data, ImageData, StagedData
 from elit.data.digits import digits, digits8
 from elit.data.flipped import Flipped
 from elit.data.folder import ImageFolder
@@ -90,6 +90,7 @@ __all__ = [
     "ImageFolder",
     "LatentShards",
     "PublishedLatents",
+    "StagedData",
     "captioned_digits",
     "digits",
     "digits8",

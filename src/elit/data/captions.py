@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from elit.conditions import Text, map_condition
-from elit.data.dataset import Data
+from elit.data.dataset import Data, StagedData, finish, read
 from elit.data.digits import digits
 from elit.seeding import generator, normal
 
@@ -19,7 +19,7 @@ CAPTIONS = tuple(f"a handwritten {numeral}" for numeral in NUMERALS)
 
 
 @dataclass(frozen=True)
-class Captioned:
+class Captioned(StagedData):
     """Data with captions instead of labels, which are embedded when a batch asks for them, each different one once.
 
     Attributes:
@@ -40,13 +40,23 @@ class Captioned:
     def __len__(self) -> int:
         return len(self.data)
 
-    def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Text]:
-        """Returns samples (B, C, H, W) and their embedded captions at indices (B,)."""
+    @property
+    def empty_prompt(self) -> Text:
+        """The empty prompt, as the encoder embeds it."""
+        return self.encode([""])
+
+    def read(self, indices: Tensor, seed: int | None = None) -> tuple[Any, tuple[str, ...], Tensor]:
+        """Reads the samples, each different caption, and which of these belongs to each sample (B,)."""
         wanted = [self.captions[i] for i in indices.tolist()]
         place = {caption: i for i, caption in enumerate(dict.fromkeys(wanted))}
         rows = torch.tensor([place[caption] for caption in wanted])
-        text = map_condition(lambda values: values[rows.to(values.device)], self.encode(list(place)))
-        return self.data.batch(indices, seed)[0], text
+        return read(self.data, indices, seed), tuple(place), rows
+
+    def finish(self, raw: tuple[Any, tuple[str, ...], Tensor]) -> tuple[Tensor, Text]:
+        """Returns samples (B, C, H, W) and their embedded captions."""
+        samples, captions, rows = raw
+        text = map_condition(lambda values: values[rows.to(values.device)], self.encode(captions))
+        return finish(self.data, samples)[0], text
 
 
 class WordVectors:

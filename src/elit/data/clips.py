@@ -4,24 +4,29 @@ A video is a file (``.mp4``, ``.webm``, ..., through imageio and PyAV; ``.gif`` 
 the order of their names. Shapes: C channels, T frames, H x W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from elit.data.dataset import StagedData
 from elit.data.pixels import from_uint8
 from elit.data.sources import CAPTIONS, captions_of
 from elit.errors import ElitError
 
 VIDEOS = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm")
 FRAMES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+READERS = 8  # threads; decoders run outside of the interpreter's lock
+Resampling = Image.Resampling
 
 
-class ClipFolder:
+class ClipFolder(StagedData):
     """A folder of videos as clips, one of each video: its middle frames, cropped to their middle and scaled.
 
     With videos in subfolders, those are the classes, in the order of their names; with videos in the folder itself
@@ -78,21 +83,35 @@ class ClipFolder:
     def __len__(self) -> int:
         return len(self.videos)
 
-    def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
-        """Returns clips (B, 3, T, H, W) in [-1, 1] and labels (B,) at indices (B,)."""
-        return torch.stack([self.clip(self.videos[i]) for i in indices.tolist()]), self.labels[indices]
+    def read(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+        """Reads clips as bytes (B, 3, T, H, W), several at a time, and labels (B,)."""
+        clips = self._threads.map(self.clip, [self.videos[i] for i in indices.tolist()])
+        return torch.stack(list(clips)), self.labels[indices]
+
+    def finish(self, raw: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns clips (B, 3, T, H, W) in [-1, 1] and labels (B,)."""
+        pixels, labels = raw
+        return from_uint8(pixels), labels
 
     def clip(self, video: Path) -> Tensor:
-        """Reads the clip of one video, (3, T, H, W) in [-1, 1]."""
-        images = read_video(video)
-        needed = (self.frames - 1) * self.stride + 1
-        if len(images) < needed:
-            raise ElitError(f"{video} has {len(images)} frames, and a clip of {self.frames} needs {needed}")
-        start, (height, width) = (len(images) - needed) // 2, self.size
-        taken = images[start : start + needed : self.stride]
-        fitted = [ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC) for image in taken]
+        """Reads the clip of one video as bytes (3, T, H, W); no other frames than its own are decoded, where the format
+        allows it."""
+
+        def middle(count: int) -> range:
+            needed = (self.frames - 1) * self.stride + 1
+            if count < needed:
+                raise ElitError(f"{video} has {count} frames, and a clip of {self.frames} needs {needed}")
+            start = (count - needed) // 2
+            return range(start, start + needed, self.stride)
+
+        height, width = self.size
+        fitted = [ImageOps.fit(image, (width, height), Resampling.BICUBIC) for image in read_video(video, middle)]
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in fitted]))  # (T, H, W, 3)
-        return from_uint8(pixels.permute(3, 0, 1, 2))
+        return pixels.permute(3, 0, 1, 2).contiguous()
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(READERS)
 
 
 def _videos_in(folder: Path) -> list[Path]:
@@ -105,25 +124,71 @@ def _frames_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in FRAMES) if folder.is_dir() else []
 
 
-def read_video(path: Path) -> list[Image.Image]:
-    """Reads all frames of a video, in RGB.
+Choice = Callable[[int], range]
+"""Which frames to read of a video that has so many, in ascending order."""
+
+
+def read_video(path: Path, choose: Choice = range) -> list[Image.Image]:
+    """Reads frames of a video, in RGB: those that ``choose`` names when it is told their number, by default all.
 
     Raises:
         ElitError: it cannot be read, or imageio is missing.
     """
     try:
         if path.is_dir():
-            return [Image.open(frame).convert("RGB") for frame in _frames_in(path)]
+            files = _frames_in(path)
+            return [Image.open(files[i]).convert("RGB") for i in choose(len(files))]
         if path.suffix.lower() == ".gif":
             with Image.open(path) as video:
-                return [frame.convert("RGB") for frame in ImageSequence.Iterator(video)]
-    except (OSError, UnidentifiedImageError) as error:
+                return [_frame_of(video, i) for i in choose(getattr(video, "n_frames", 1))]
+    except (OSError, EOFError, UnidentifiedImageError) as error:
         raise ElitError(f"{path} cannot be read as a video ({error})") from error
-    imageio = _import_imageio()
+    _import_imageio()
     try:
-        return [Image.fromarray(frame).convert("RGB") for frame in imageio.imiter(path, plugin="pyav")]
+        return _decode(path, choose)
+    except ElitError:
+        raise
     except Exception as error:  # PyAV has many kinds
         raise ElitError(f"{path} cannot be read as a video ({error})") from error
+
+
+def _frame_of(video: Image.Image, index: int) -> Image.Image:
+    video.seek(index)
+    return video.convert("RGB")
+
+
+def _decode(path: Path, choose: Choice) -> list[Image.Image]:
+    """Decodes the chosen frames of a video, from the key frame before the first of them to the last.
+
+    The packets of the file, which are read and not decoded, say how many frames there are and when each is shown. Where
+    they do not (there are formats without times), all frames are decoded.
+    """
+    import av
+
+    with av.open(str(path)) as video:
+        stream = video.streams.video[0]
+        times = [packet.pts for packet in video.demux(stream) if packet.size]
+        shown = sorted(time for time in times if time is not None)
+        if len(shown) == len(times) == len(set(times)):
+            wanted = [shown[i] for i in choose(len(shown))]
+            video.seek(wanted[0], stream=stream)
+            found = _decode_until(video, stream, wanted)
+            if len(found) == len(wanted):
+                return found
+        video.seek(0, stream=stream)
+        frames = [frame.to_image() for frame in video.decode(stream)]
+        return [frames[i] for i in choose(len(frames))]
+
+
+def _decode_until(video: Any, stream: Any, wanted: list[int]) -> list[Image.Image]:
+    """Decodes from where a video stands, and returns the frames of the wanted times, ascending."""
+    found = []
+    for frame in video.decode(stream):
+        if frame.pts in wanted:
+            found.append(frame.to_image())
+        if frame.pts is not None and frame.pts >= wanted[-1]:
+            break
+    return found
 
 
 def write_video(frames: Sequence[Image.Image], path: Path, fps: int = 8) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from elit.data.dataset import StagedData
 from elit.data.pixels import from_uint8
 from elit.data.sources import find_images, read_bytes
 from elit.data.transforms import CorruptImageError, read_rgb, to_pixels
@@ -15,7 +16,7 @@ from elit.errors import ElitError
 READERS = 8  # threads; Pillow decodes outside of the interpreter's lock
 
 
-class ImageFolder:
+class ImageFolder(StagedData):
     """Images of one square size, as ``elit prepare convert`` writes them; grey ones become RGB.
 
     Attributes:
@@ -39,9 +40,14 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.source)
 
-    def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
-        """Returns images (B, 3, R, R) in [-1, 1] and labels (B,), whatever the seed."""
-        return from_uint8(self.pixels(indices)), self.labels[indices]
+    def read(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+        """Reads images as bytes (B, 3, R, R), and labels (B,), whatever the seed."""
+        return self.pixels(indices), self.labels[indices]
+
+    def finish(self, raw: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns images (B, 3, R, R) in [-1, 1] and labels (B,)."""
+        pixels, labels = raw
+        return from_uint8(pixels), labels
 
     def pixels(self, indices: Tensor) -> Tensor:
         """Reads images as bytes (B, 3, R, R), in several threads."""

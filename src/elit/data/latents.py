@@ -3,9 +3,10 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from elit.data.autoencoder import load_autoencoder, posterior, scaling
 from elit.data.clips import ClipFolder
-from elit.data.folder import ImageFolder
+from elit.data.dataset import StagedData
+from elit.data.folder import READERS, ImageFolder
+from elit.data.pixels import from_uint8
 from elit.data.sources import LABELS, count_classes, labels_of, parse_labels
 from elit.errors import ElitError
 from elit.launch import default_device
@@ -49,16 +52,20 @@ class LatentData(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Any]:
         """Returns scaled latents (B, C, h, w) and labels (B,); without a seed the latents are the mean."""
-        mean, std = self.moments(indices)
-        latents = mean if seed is None else mean + std * self._noise(indices, seed).to(std.device)
-        scale, shift = self.scaling
-        return (latents - shift) * scale, self.labels[indices]
+        return self._draw(*self.moments(indices), self._noise(indices, seed)), self.labels[indices]
 
-    def _noise(self, indices: Tensor, seed: int) -> Tensor:
-        """Draws unit noise (B, C, h, w), for each index its own."""
-        return normals([(seed, "posterior", index) for index in indices.tolist()], self.shape)
+    def _noise(self, indices: Tensor, seed: int | None) -> Tensor | None:
+        """Draws unit noise (B, C, h, w), for each index its own; none without a seed."""
+        keys = [(seed or 0, "posterior", index) for index in indices.tolist()]
+        return None if seed is None else normals(keys, self.shape)
+
+    def _draw(self, mean: Tensor, std: Tensor, noise: Tensor | None) -> Tensor:
+        """Returns scaled samples of posteriors: (B, C, h, w)."""
+        latents = mean if noise is None else mean + std * noise
+        scale, shift = self.scaling
+        return (latents - shift) * scale
 
 
 class LatentShards(LatentData):
@@ -77,7 +84,7 @@ class LatentShards(LatentData):
         self.scaling = (index["scaling_factor"], index["shift_factor"])
         counts = [shard["count"] for shard in index["shards"]]
         self._ends = np.cumsum(counts)
-        labels = [self._shards.whole(shard, "labels") for shard in range(len(counts))]
+        labels = [self._shards.tensor(shard, "labels") for shard in range(len(counts))]
         for shard, count in enumerate(counts):
             if len(labels[shard]) != count:
                 file = self._shards.files[shard]
@@ -86,7 +93,9 @@ class LatentShards(LatentData):
 
     def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         places = [self._place(index) for index in indices.tolist()]
-        mean, std = (torch.stack([self._shards.row(*place, name) for place in places]) for name in ("mean", "std"))
+        mean, std = (
+            torch.stack([self._shards.tensor(at, name)[row] for at, row in places]) for name in ("mean", "std")
+        )
         return mean.float(), std.float()
 
     def _place(self, index: int) -> tuple[int, int]:
@@ -96,28 +105,28 @@ class LatentShards(LatentData):
 
 
 class _Shards:
-    """Rows of tensors in safetensors files, which stay open."""
+    """The tensors of safetensors files: mapped, so that only the rows that are looked at are read."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
-        self._open: dict[tuple[int, str], Any] = {}
+        self._mapped: dict[tuple[int, str], Tensor] = {}
         for shard in range(len(files)):
-            self._slice(shard, "labels")
+            self.tensor(shard, "labels")
 
-    def row(self, shard: int, row: int, name: str) -> Tensor:
-        return self._slice(shard, name)[row]
+    def tensor(self, shard: int, name: str) -> Tensor:
+        """Returns a tensor of a shard.
 
-    def whole(self, shard: int, name: str) -> Tensor:
-        return self._slice(shard, name)[:]
-
-    def _slice(self, shard: int, name: str) -> Any:
-        if (shard, name) not in self._open:
+        Raises:
+            ElitError: the file is missing or damaged, or has no such tensor.
+        """
+        if (shard, name) not in self._mapped:
             file = self.files[shard]
             try:
-                self._open[shard, name] = safe_open(file, framework="pt").get_slice(name)
+                with safe_open(file, framework="pt") as content:
+                    self._mapped[shard, name] = content.get_tensor(name)
             except (OSError, SafetensorError) as error:
                 raise ElitError(f"{file} is missing or damaged ({error}); delete it and encode again") from error
-        return self._open[shard, name]
+        return self._mapped[shard, name]
 
 
 def read_index(file: Path) -> dict[str, Any]:
@@ -162,9 +171,13 @@ class PublishedLatents(LatentData):
         self.labels = torch.tensor(labels)
 
     def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        stacked = torch.stack([self._load(index) for index in indices.tolist()])
+        stacked = torch.stack(list(self._threads.map(self._load, indices.tolist())))
         mean, std = stacked.float().chunk(2, dim=1)
         return mean, std
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(READERS)
 
     def source_images(self) -> ImageFolder:
         """Opens the images that were encoded, in the same order.
@@ -210,7 +223,21 @@ def _number(name: str) -> str:
     return stem[len(stem.rstrip("0123456789")) :]
 
 
-class EncodedFolder(LatentData):
+class RawImages(NamedTuple):
+    """What samples of :class:`EncodedFolder` are made of.
+
+    Attributes:
+        pixels: bytes of images (B, 3, R, R) or clips (B, 3, T, H, W).
+        labels: (B,).
+        noise: (B, C, h, w) for the draw from their posteriors, or None for the mean.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    noise: Tensor | None
+
+
+class EncodedFolder(LatentData, StagedData):
     """Images or clips that an autoencoder encodes whenever they are asked for: nothing is stored, and every step pays
     for it.
 
@@ -235,7 +262,23 @@ class EncodedFolder(LatentData):
         return tuple(self.moments(torch.tensor([0]))[0].shape[1:])
 
     def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        batches = (self.images.batch(part)[0] for part in indices.split(self.batch_size))
-        parts = [posterior(images, self.autoencoder) for images in batches]
+        return self._encode(self.images.read(indices)[0])
+
+    def read(self, indices: Tensor, seed: int | None = None) -> RawImages:
+        """Reads images as bytes, and draws their noise."""
+        return RawImages(*self.images.read(indices), self._noise(indices, seed))
+
+    def finish(self, raw: RawImages) -> tuple[Tensor, Tensor]:
+        """Returns scaled latents (B, C, h, w) and labels (B,)."""
+        mean, std = self._encode(raw.pixels)
+        return self._draw(mean, std, None if raw.noise is None else raw.noise.to(std.device)), raw.labels
+
+    def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+        return self.finish(self.read(indices, seed))
+
+    def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes bytes, some at a time, to mean and standard deviation in float32."""
+        batches = (part.to(self.autoencoder.device) for part in pixels.split(self.batch_size))
+        parts = [posterior(from_uint8(batch), self.autoencoder) for batch in batches]
         mean, std = (torch.cat(kind).float() for kind in zip(*parts, strict=True))
         return mean, std

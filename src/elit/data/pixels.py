@@ -11,5 +11,9 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def from_uint8(pixels: Tensor) -> Tensor:
-    """Turns bytes of any shape into float32 numbers in [-1, 1], what models and autoencoders see."""
-    return pixels.float() / 127.5 - 1
+    """Turns bytes of any shape into float32 numbers in [-1, 1], what models and autoencoders see.
+
+    The divisor is a tensor of the same device, for GPUs would multiply by the reciprocal of a number, which rounds
+    otherwise: bytes become the same numbers on every device.
+    """
+    return pixels.float() / torch.full((), 127.5, device=pixels.device) - 1

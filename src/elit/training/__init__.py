@@ -1,7 +1,8 @@
 """Training: configuration, the trainer, and its state on disk."""
 
 from elit.training.config import ElasticConfig, ModelChoice, OptimizerConfig, RepaConfig, TrainConfig, ValidationConfig
-from elit.training.trainer import StepReport, Trainer
+from elit.training.report import StepReport
+from elit.training.trainer import Trainer
 
 __all__ = [
     "ElasticConfig",

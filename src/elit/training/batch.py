@@ -4,7 +4,6 @@ Times, noise and dropped labels are drawn for the global batch from (seed, step)
 sample i of step s is the same sample with the same noise however many processes and micro-batches there are.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,8 +13,7 @@ from elit.flow import Flow
 from elit.seeding import generator, normals, uniform
 
 
-@dataclass(frozen=True)
-class TrainingDraws:
+class TrainingDraws(NamedTuple):
     """Times, noise and dropped labels of some samples.
 
     Attributes:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from elit.conditions import Text
-from elit.data import Captioned, Data
+from elit.data import Data
 from elit.errors import ElitError
 from elit.models import Model, config_for, create
 from elit.seeding import torch_seeded
@@ -22,7 +22,7 @@ def build_model(config: TrainConfig, data: Data) -> tuple[Model, TrainingLevels]
     Raises:
         ElitError: a name or field that does not exist, or sizes and levels that do not fit.
     """
-    empty = data.encode([""]) if isinstance(data, Captioned) else None
+    empty: Text | None = getattr(data, "empty_prompt", None)
     fields = _fields(config, data, empty)
     with torch.device("meta"):
         plan = _create(config, fields)

@@ -145,6 +145,7 @@ class TrainConfig:
         deterministic: on a GPU use only algorithms that give the same bits every time, which are slower; a run on a
             processor is bit-identical anyway.
         compile: compile the blocks: one compilation for all blocks and budgets.
+        prefetch: batches that a thread reads ahead of the step that trains on them; 0 reads each when it is needed.
         checkpoint_activations: keep the inputs of blocks only and compute the rest again: less memory, a third more
             FLOPs.
         validation: loss and samples on the way.
@@ -178,6 +179,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     deterministic: bool = False
     compile: bool = False
+    prefetch: int = 2
     checkpoint_activations: bool = False
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])

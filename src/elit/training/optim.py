@@ -2,18 +2,16 @@
 
 import math
 from collections.abc import Mapping, MutableMapping
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from elit.models import Model
 from elit.training.config import OptimizerConfig
 from elit.training.parallelize import named_parameters
-
-Tensors = tuple[Tensor, ...] | list[Tensor]
 
 FUSED = {"qkv": 3, "kv": 2, "text_kv": 2}
 """How many matrices (queries, keys, values) stand above each other in the weight of a linear layer of some name."""
@@ -31,6 +29,26 @@ class SplitMuon(Muon):
     def __init__(self, parameters: list[nn.Parameter], parts: list[int], **options: float | str) -> None:
         super().__init__(parameters, **options)  # type: ignore[arg-type]
         self.parts = dict(zip(parameters, parts, strict=True))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Updates the matrices and their momentum, unless ``found_inf`` has been set to 1, as fused optimizers have it.
+
+        That is looked at on the device alone, which keeps what was before until it knows.
+        """
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        before = [] if found_inf is None else [(tensor, tensor.clone()) for tensor in self._changed()]
+        super().step()
+        for tensor, kept in before:
+            torch.where(found_inf.bool(), kept, tensor, out=tensor)  # type: ignore[union-attr]
+
+    def _changed(self) -> list[Tensor]:
+        """Returns what a step changes: matrices that have gradients, and their momentum."""
+        changed: list[Tensor] = []
+        for group in self.param_groups:
+            gradients: list[Tensor] = []
+            super()._init_group(group, changed, gradients, changed)
+        return changed
 
     def _init_group(
         self,
@@ -99,12 +117,32 @@ def set_lr(optimizers: Mapping[str, Optimizer], config: OptimizerConfig, factor:
             group["lr"] = base[kind] * factor
 
 
-def make_ema(model: Model, decay: float) -> AveragedModel:
-    """Makes a moving average of a model with decay min(decay, (1 + i) / (10 + i)) after i updates."""
+class MovingAverage(nn.Module):
+    """Keeps a moving average of the weights of a model.
+
+    After step i = 0, 1, ... its decay is min(decay, (1 + i) / (10 + i)); after the first one it is the weights.
+
+    Args:
+        model: whose weights they are.
+        decay: the largest.
+
+    Attributes:
+        module: a model with the averaged weights.
+    """
+
+    def __init__(self, model: Model, decay: float) -> None:
+        super().__init__()
+        self.module = deepcopy(model)
+        self.decay = decay
 
     @torch.no_grad()
-    def update(average: Tensors, current: Tensors, count: Tensor | int) -> None:
-        i = int(count)
-        torch._foreach_lerp_(average, current, 1 - min(decay, (1 + i) / (10 + i)))
+    def update(self, model: Model, step: int, finite: Tensor) -> None:
+        """Takes in the weights of a model after a step.
 
-    return AveragedModel(model, multi_avg_fn=update)
+        Args:
+            step: its number, from 0 on: the host counts, for a count on the device would have to be waited for.
+            finite: () whether the step changed anything. If not, the average stays as it is.
+        """
+        weight = finite * (1 - min(self.decay, (1 + step) / (10 + step)) if step else 1.0)
+        averages: list[Tensor] = [*self.module.parameters()]
+        torch._foreach_lerp_(averages, [*model.parameters()], [weight] * len(averages))

@@ -30,18 +30,26 @@ def apply_compile(blocks: Iterable[nn.Module]) -> None:
         block.compile(dynamic=True)
 
 
-def apply_fsdp(network: nn.Module, blocks: Iterable[nn.Module], processes: int, device: torch.device) -> None:
+def apply_fsdp(
+    network: nn.Module, blocks: Iterable[nn.Module], processes: int, device: torch.device, half: torch.dtype | None
+) -> None:
     """Leaves each process with its shard of a network's parameters (FSDP2).
 
     The blocks are gathered one at a time for their forward and backward; the rest of the network is one group more,
     which stays gathered in between.
+
+    Args:
+        half: the precision that blocks are gathered in, and their gradients with them; None is float32. Gradients are
+            summed over processes in float32, and tokens stay float32 between the blocks. The rest of the network,
+            where rounding would hurt (positions, embeddings), is float32 in any case.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (processes,))
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half and torch.float32, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(network, mesh=mesh)
 
 

@@ -4,12 +4,15 @@ Hidden spatial tokens of the noisy sample, projected, are to resemble what DINOv
 image. Projector and encoder belong to training alone: the saved model does not know of them.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elit.data import Data, EncodedFolder, ImageFolder, PublishedLatents
-from elit.data.latents import LatentData
+from elit.data.latents import LatentData, RawImages
+from elit.data.pixels import from_uint8
 from elit.errors import ElitError
 from elit.evaluation.extractors import IMAGENET_MEAN, IMAGENET_STD, load_dinov2
 from elit.models import HDiT, Model, Transformer
@@ -48,10 +51,20 @@ class AlignmentFeatures:
         """F, the width of the features."""
         return self.encoder.config.hidden_size
 
+    def read(self, indices: Tensor, raw: Any) -> Tensor | None:
+        """Reads the bytes of the images at indices (B,), where the samples are others; None where they are the same.
+
+        Args:
+            raw: what was read of the samples. Where their images are among it, they are not read again.
+        """
+        if self.images is None:
+            return None
+        return raw.pixels if isinstance(raw, RawImages) else self.images.pixels(indices)
+
     @torch.no_grad()
-    def __call__(self, indices: Tensor, x: Tensor) -> Tensor:
-        """Computes features of the samples x (B, C, H, W) at indices (B,) of the data."""
-        images = x if self.images is None else self.images.batch(indices)[0].to(x.device)  # in [-1, 1]
+    def __call__(self, pixels: Tensor | None, x: Tensor) -> Tensor:
+        """Computes features of images, given as the bytes that :meth:`read` gave or as samples x (B, C, H, W)."""
+        images = x if pixels is None else from_uint8(pixels)  # in [-1, 1]
         small = F.interpolate(images, self.size, mode="bicubic", antialias=True, align_corners=False)
         seen = (small.clamp(-1, 1).expand(-1, 3, -1, -1) / 2 + 0.5 - self.mean) / self.std
         return self.encoder(seen).last_hidden_state[:, -self.tokens :]  # after the class token

@@ -31,7 +31,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from elit.atomic import atomic_file, atomic_folder
 from elit.errors import ElitError
@@ -39,14 +38,16 @@ from elit.models import Model
 from elit.models.files import CONFIG, TRAINING, WEIGHTS, checkpoints, save_model
 from elit.tensors import check_fit, read_tensors, write_tensors
 from elit.training.config import OptimizerConfig, TrainConfig
-from elit.training.optim import lr_factor
+from elit.training.optim import MovingAverage, lr_factor
 from elit.training.parallelize import gather_full_tensors, shard_like
 
+CONFIG_FILE = "config.yaml"
 RECORD = "training.json"
 FORMAT = 2  # of a checkpoint; 1 drew other noise, and without budgets trained the full one alone
 MUTABLE_ON_RESUME = {
     *("out", "resume", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "snapshot_every", "max_skipped"),
     *("validation", "trackers", "micro_batch_size", "parallel", "compile", "checkpoint_activations", "deterministic"),
+    "prefetch",
 }
 """Settings that a continued run may change."""
 
@@ -64,7 +65,7 @@ class Trained:
     """
 
     model: Model
-    ema: AveragedModel
+    ema: MovingAverage
     projector: nn.Module | None
     optimizers: dict[str, Optimizer]
     names: dict[str, list[str]]
@@ -123,13 +124,12 @@ def save_checkpoint(run: Path, step: int, trained: Trained, extra: dict[str, Any
         ElitError: the disk is full or the folder cannot be written; earlier checkpoints stay.
     """
     averaged = trained.ema.module
-    assert isinstance(averaged, Model)
     weights = gather_full_tensors(averaged.state_dict(), keep=main)
     tensors = gather_full_tensors(trained.tensors(), keep=main)
     target = run / "checkpoints" / name_of(step)
     if not main or target.exists():
         return
-    record = {"format": FORMAT, "step": step, "averaged": int(trained.ema.n_averaged), **extra}
+    record = {"format": FORMAT, "step": step, **extra}
     try:
         with atomic_folder(target) as folder:
             save_model(averaged, folder, weights)
@@ -152,7 +152,6 @@ def save_snapshot(run: Path, step: int, trained: Trained, main: bool) -> None:
         ElitError: the disk is full or the folder cannot be written.
     """
     averaged = trained.ema.module
-    assert isinstance(averaged, Model)
     weights = gather_full_tensors(averaged.state_dict(), keep=main)
     target = run / "snapshots" / name_of(step)
     if main and not target.exists():
@@ -195,7 +194,6 @@ def restore_checkpoint(folder: Path, trained: Trained) -> None:
     tensors = read_tensors(folder / TRAINING)
     restore_module(trained.model, _under("raw.", tensors), folder / TRAINING)
     restore_module(trained.ema.module, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
-    trained.ema.n_averaged.fill_(read_record(folder)["averaged"])
     if trained.projector is not None:
         projector = _under("repa.", tensors)
         if not projector:
@@ -208,29 +206,50 @@ def restore_checkpoint(folder: Path, trained: Trained) -> None:
 # ------------------------------------------------------------------------------------------------ the run directory
 
 
-def write_or_compare_config(run: Path, config: TrainConfig) -> None:
-    """Stores a run's configuration, or checks that a run to be continued has the same.
+def check_resume(run: Path, config: TrainConfig) -> Path | None:
+    """Finds the checkpoint that training starts from, after a look whether the configuration may go on from it.
 
     Raises:
-        ElitError: the run was started with another setting, or its learning rate would jump.
+        ElitError: ``resume`` has none, or the run was started by an earlier version or with another setting, or its
+            learning rate would jump.
     """
     import yaml
 
-    settings, defaults = (json.loads(json.dumps(asdict(c))) for c in (config, TrainConfig()))  # as in YAML: no tuples
-    path = run / "config.yaml"
-    checkpoint = latest(run)
-    if path.exists() and checkpoint is not None:
-        # A setting that came with a later version of the library had its default.
-        before = with_defaults(yaml.safe_load(path.read_text()) or {}, defaults)
-        for key in sorted(settings.keys() - MUTABLE_ON_RESUME):
-            if before[key] != settings[key]:
-                raise ElitError(
-                    f"{run} was started with {key} = {before[key]!r}, not {settings[key]!r}; "
-                    "continue it with the same settings or choose another out"
-                )
-        _check_schedule(config.optimizer, read_record(checkpoint)["step"], before["steps"], config.steps, checkpoint)
-    with atomic_file(path) as temporary:
-        temporary.write_text(yaml.safe_dump(settings, sort_keys=False))
+    checkpoint, own = checkpoint_to_resume(run, config.resume), latest(run)
+    if own is None:
+        return checkpoint
+    record = read_record(own)
+    if record.get("format", 1) != FORMAT:
+        raise ElitError(
+            f"{run} was started by an earlier version, which drew other noise and levels; to go on from its "
+            f"weights in another run: --resume {run} --out ANOTHER"
+        )
+    if not (run / CONFIG_FILE).exists():
+        return checkpoint
+    settings, defaults = _as_yaml(config), _as_yaml(TrainConfig())
+    # A setting that came with a later version of the library had its default.
+    before = with_defaults(yaml.safe_load((run / CONFIG_FILE).read_text()) or {}, defaults)
+    for key in sorted(settings.keys() - MUTABLE_ON_RESUME):
+        if before[key] != settings[key]:
+            raise ElitError(
+                f"{run} was started with {key} = {before[key]!r}, not {settings[key]!r}; "
+                "continue it with the same settings or choose another out"
+            )
+    _check_schedule(config.optimizer, record["step"], before["steps"], config.steps, own)
+    return checkpoint
+
+
+def write_config(run: Path, config: TrainConfig) -> None:
+    """Stores a run's configuration."""
+    import yaml
+
+    with atomic_file(run / CONFIG_FILE) as temporary:
+        temporary.write_text(yaml.safe_dump(_as_yaml(config), sort_keys=False))
+
+
+def _as_yaml(config: TrainConfig) -> dict[str, Any]:
+    """Returns a configuration as YAML has it: no tuples."""
+    return json.loads(json.dumps(asdict(config)))
 
 
 def with_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from elit.conditions import map_condition
 from elit.data import Data, open_data
-from elit.errors import ElitError
 from elit.flow import flow_of
 from elit.interface import check_budget
 from elit.models import Model
@@ -34,12 +33,6 @@ class Validation:
     def __init__(self, config: TrainConfig, model: Model, held_out: Data | None = None) -> None:
         self.config = config
         wanted = config.validation
-        for name in ("every", "images"):
-            if getattr(wanted, name) < 0:
-                raise ElitError(f"validation.{name} is {getattr(wanted, name)}; it must be at least 0")
-        for name in ("samples", "sampling_steps"):
-            if getattr(wanted, name) < 1:
-                raise ElitError(f"validation.{name} is {getattr(wanted, name)}; it must be at least 1")
         self.flow = flow_of(model, config.path, times=config.times, stages=config.stages)
         self.levels = validation_levels(wanted.budgets, model)
         if wanted.every and held_out is None:
