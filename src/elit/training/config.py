@@ -144,7 +144,8 @@ class TrainConfig:
         precision: auto is bf16 on a GPU and fp32 elsewhere. Weights and optimizer state are fp32 always.
         deterministic: on a GPU use only algorithms that give the same bits every time, which are slower; a run on a
             processor is bit-identical anyway.
-        compile: compile the blocks: one compilation for all blocks and budgets.
+        compile: compile the blocks, Read, Write and the projection; layers of one kind share their compilations, and
+            another budget is not another one.
         prefetch: batches that a thread reads ahead of the step that trains on them; 0 reads each when it is needed.
         checkpoint_activations: keep the inputs of blocks only and compute the rest again: less memory, a third more
             FLOPs.

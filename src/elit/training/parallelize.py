@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elit.errors import ElitError
+from elit.models.compiled import layers_to_compile, missing_compiler
+
 CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."
 
 
@@ -23,11 +26,21 @@ def apply_activation_checkpointing(blocks: nn.ModuleList) -> None:
         blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False)  # a forward draws nothing
 
 
-def apply_compile(blocks: Iterable[nn.Module]) -> None:
-    """Compiles blocks in place. They share one compilation, whose batch and number of tokens are dynamic: another
-    budget is not another compilation."""
-    for block in blocks:
-        block.compile(dynamic=True)
+def apply_compile(model: nn.Module, aligned: nn.Module | None = None) -> None:
+    """Compiles the layers of a model in place, those that :func:`elit.compile` compiles: blocks, Read, Write and the
+    projection. Layers of one kind share their compilations, see :func:`~elit.models.compiled.compile_layers`.
+
+    Args:
+        aligned: a block that stays as it is, for what it gives is looked at from outside.
+
+    Raises:
+        ElitError: there is no compiler here.
+    """
+    if why := missing_compiler(next(model.parameters()).device):
+        raise ElitError(f"compile is set, but {why}; install it, or train without")
+    for layer in layers_to_compile(model):
+        if layer is not aligned:
+            layer.compile(dynamic=True)
 
 
 def apply_fsdp(

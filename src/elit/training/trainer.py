@@ -320,9 +320,8 @@ class Trainer:
         if self.config.checkpoint_activations:
             apply_activation_checkpointing(self.model.blocks)
         if self.config.compile:
-            # What a block gives is looked at from outside where it is aligned, so that one is not compiled.
-            aligned = self.config.repa.depth - 1 if self.features is not None else None
-            apply_compile(block for i, block in enumerate(self.model.blocks) if i != aligned)
+            aligned = None if self.features is None else self.model.blocks[self.config.repa.depth - 1]
+            apply_compile(self.model, aligned)
         if not self.sharded:
             return self.accelerator.prepare(self.objective)
         for network, model in ((self.objective, self.model), (self.ema, self.ema.module)):
