@@ -19,9 +19,10 @@ ALLOWED = {
     "data": set[str](),
     "evaluation": BESIDE_FLOW,
     "analysis": BESIDE_FLOW,
+    "export": BESIDE_FLOW,
     "training": BESIDE_FLOW | {"evaluation", "analysis"},
     "serving": BESIDE_FLOW | {"evaluation", "analysis"},
-    "commands": BESIDE_FLOW | {"evaluation", "analysis", "training", "serving"},
+    "commands": BESIDE_FLOW | {"evaluation", "analysis", "training", "serving", "export"},
 }
 """What each package may use, beside itself and the base modules."""
 

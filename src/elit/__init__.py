@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from elit.data.pil import to_pil
 from elit.errors import ElitError
+from elit.export import export, load_exported
 from elit.flow import Cache, Guidance, Trajectory, advance, sample, trajectories
 from elit.interface import BudgetByNoise
 from elit.models import Model, compile, create  # compile: as torch.compile
@@ -20,7 +21,9 @@ __all__ = [
     "advance",
     "compile",
     "create",
+    "export",
     "load",
+    "load_exported",
     "sample",
     "to_pil",
     "trajectories",

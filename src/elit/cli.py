@@ -20,6 +20,7 @@ from elit import __version__
 from elit.commands.analyze import analyze_attention, analyze_budgets, analyze_cost, analyze_guidance, analyze_steps
 from elit.commands.convert import convert_model
 from elit.commands.evaluate import evaluate_compare, evaluate_reference, evaluate_samples
+from elit.commands.export import export_model
 from elit.commands.info import info
 from elit.commands.plan import make_plan
 from elit.commands.prepare import prepare_convert, prepare_encode, prepare_verify
@@ -47,6 +48,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     },
     "info": info,
     "convert": convert_model,
+    "export": export_model,
     "prepare": {"convert": prepare_convert, "encode": prepare_encode, "verify": prepare_verify},
 }
 

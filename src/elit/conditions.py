@@ -51,4 +51,5 @@ def _padded(text: Text, length: int) -> Text:
 
 def condition_size(condition: Any) -> int:
     """Returns the number of samples, B, also of a list of labels."""
-    return len(condition.mask if isinstance(condition, Text) else condition)
+    batch = condition.mask if isinstance(condition, Text) else condition
+    return batch.shape[0] if isinstance(batch, Tensor) else len(batch)  # of a tensor that is traced, len is a constant

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from elit.errors import ElitError
+from elit.export import is_exported, load_exported
 from elit.flow import Cache, Guidance, StageSchedule
 from elit.flow.pyramid import THRESHOLD
 from elit.interface import Budget, BudgetByNoise
@@ -38,7 +39,7 @@ class ModelOptions(DeviceOptions):
     """Which model a verb uses, and where it computes.
 
     Attributes:
-        model: a run directory, a saved model, a published .pt file or a Hub id.
+        model: a run directory, a saved model, a published .pt file, a Hub id, or a file of elit export.
         weights: which weights of a run to take, the moving average (ema) or the raw ones.
         untrained_levels: let budgets be used that the model was not trained for; what it then makes may mean nothing.
         path: the path between noise and data that the model was trained on.
@@ -46,6 +47,7 @@ class ModelOptions(DeviceOptions):
             tf32 and no fp16. Sums, norms and softmax are float32 in each.
         compile: compile the model's layers and, on a GPU, capture its forwards in CUDA graphs. The first forwards then
             take up to a minute, and all others less time.
+        trust_native_code: let an exported package (aoti) run: it is machine code, which can do whatever you can.
     """
 
     model: str
@@ -54,6 +56,7 @@ class ModelOptions(DeviceOptions):
     path: Literal["linear", "cosine"] = "linear"
     precision: Precision = "auto"
     compile: bool = False
+    trust_native_code: bool = False
 
     def load_model(self, device: torch.device) -> Model:
         """Loads the model onto a device, in the precision asked for (``precision`` then says which one auto was) and
@@ -62,6 +65,8 @@ class ModelOptions(DeviceOptions):
         Raises:
             ElitError: it is not there, or damaged, or the device lacks the precision.
         """
+        if is_exported(self.model):
+            return self._load_exported(device)
         self.precision = choose_precision(self.precision, device)
         if device.type != "cpu" and self.precision in ("fp32", "tf32"):
             allow_tf32(self.precision == "tf32")
@@ -70,6 +75,14 @@ class ModelOptions(DeviceOptions):
             self.model, weights=self.weights, device=device, dtype=dtype, untrained_levels=self.untrained_levels
         )
         return compile(model) if self.compile else model
+
+    def _load_exported(self, device: torch.device) -> Model:
+        """Loads an exported file, which decides its precision itself."""
+        for name in ("weights", "precision", "compile"):
+            if getattr(self, name) != getattr(ModelOptions, name):
+                raise ElitError(f"{self.model} is an exported file: its {name} was decided then; leave --{name} out")
+        model = load_exported(self.model, device=device, trust_native_code=self.trust_native_code)
+        return model.allow_untrained_levels() if self.untrained_levels else model
 
 
 @dataclass(kw_only=True)

@@ -222,7 +222,8 @@ class LatentInterface(nn.Module):
             filled: what :meth:`read` returned, which holds the latents beyond the budget.
         """
         level = latents.shape[2]
-        if not self.config.tail_visible or level == self.num_latents:
+        whole = isinstance(level, int) and level == self.num_latents  # a size that is traced is none: it may be any
+        if whole or not self.config.tail_visible:
             return latents
         return torch.cat((latents, filled[:, :, level:]), dim=2)
 

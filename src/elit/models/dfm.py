@@ -84,7 +84,7 @@ class DFM(Transformer):
         if len(set(sizes)) > 1:
             raise ElitError(f"the stages have {sizes} tokens; each must be half the size of the next")
         for stage in x:
-            check_batch(len(stage), t, y, stages)
+            check_batch(stage.shape[0], t, y, stages)
         return sizes[0]
 
     def embed_time(self, t: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ class MMDiT(DiT):
 
     def check_input(self, x: Tensor, t: Tensor, y: Text | None) -> Triple:
         text, size = self.check_text(y), self.check_size(x, None, self.patch)
-        check_batch(len(x), t, text)
+        check_batch(x.shape[0], t, text)
         return size
 
     # -------------------------------------------------------------------------------------------- text

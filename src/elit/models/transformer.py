@@ -379,7 +379,7 @@ class Transformer(Model):
             ElitError: another shape than the model takes, or conditions that are missing or too many.
         """
         size = self.check_size(x, y, triple(self.config.patch_size))
-        check_batch(len(x), t, y)
+        check_batch(x.shape[0], t, y)
         return size
 
     def check_size(self, x: Tensor, y: Tensor | None, patch: Triple) -> Triple:

@@ -1,0 +1,225 @@
+"""Files of torch.export (.pt2) and packages of AOTInductor: writing them, and loading them with distrust.
+
+``torch.export.load`` trusts its file: it unpickles tensors and example inputs that say they are pickled, evaluates the
+expressions of sizes, and calls whatever a node names under ``torch``. We write none of that beyond a few operators, so
+:func:`check` refuses files with anything else, and what is left cannot do more than compute. A package of AOTInductor
+is machine code and cannot be checked at all: it runs only where the caller says that it is trusted.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from elit.atomic import atomic_file
+from elit.errors import ElitError
+from elit.export.metadata import KEY
+
+Run = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
+"""Runs a graph: its inputs by name -> its outputs."""
+
+EXTRA = f"{KEY}.json"
+NATIVE = "data/aotinductor/"
+RECORDS = re.compile(
+    r"data/weights/(weight_\d+|model_weights_config\.json)|data/constants/(tensor_\d+|model_constants_config\.json)"
+    rf"|models/model\.json|data/sample_inputs/model\.pt|extra/{EXTRA}|archive_format|archive_version|byteorder"
+    r"|\.data/(version|serialization_id)"
+)
+OPERATORS = """
+    _operator.add _operator.floordiv _operator.getitem _operator.mul _operator.sub
+    aten._assert_tensor_metadata.default aten.add.Tensor aten.addcmul.default aten.alias.default
+    aten.arange.default aten.arange.start aten.cat.default aten.chunk.default aten.clamp.default
+    aten.clone.default aten.cos.default aten.div.Tensor aten.embedding.default aten.exp.default
+    aten.expand.default aten.flatten.using_ints aten.gelu.default aten.layer_norm.default aten.linear.default
+    aten.mean.dim aten.mul.Tensor aten.neg.default aten.ones_like.default aten.pad.default aten.permute.default
+    aten.promote_types.default aten.reshape.default aten.rsqrt.default aten.scaled_dot_product_attention.default
+    aten.select.int aten.silu.default aten.sin.default aten.slice.Tensor aten.split.Tensor
+    aten.split_with_sizes.default aten.sqrt.default aten.square.default aten.squeeze.dim aten.stack.default
+    aten.sub.Tensor aten.sum.dim_IntList aten.sym_size.int aten.to.device aten.to.dtype aten.transpose.int
+    aten.unbind.int aten.unflatten.int aten.unsqueeze.default aten.view.default aten.view_as.default
+    """.split()  # noqa: SIM905  # as a list it takes a page
+"""All that the graphs of our backbones are made of."""
+EXPRESSION = re.compile(r"'[a-z]+\d+'|[A-Za-z]+|[\d(), =*+-]")
+IN_EXPRESSIONS = {"Add", "Integer", "Mul", "Pow", "Symbol", "True", "integer", "nonnegative", "positive"}
+IN_TREES = {None, "builtins.tuple", "builtins.dict", "builtins.list"}
+
+
+def save_program(program: ExportedProgram, path: Path, metadata: str) -> None:
+    """Writes a graph with its weights and metadata, whole or not at all."""
+    with atomic_file(path) as temporary:
+        torch.export.save(program, temporary, extra_files={EXTRA: metadata})
+
+
+def save_package(program: ExportedProgram, path: Path, metadata: str) -> None:
+    """Compiles a graph for the processor of its weights and writes the package, whole or not at all.
+
+    Raises:
+        ElitError: there is no working compiler.
+    """
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    with atomic_file(path) as temporary:
+        package = temporary.with_suffix(".pt2")  # its only suffix
+        try:
+            aoti_compile_and_package(program, package_path=str(package))
+            with _appended(package) as archive:
+                archive.writestr(f"{_root(package)}/extra/{EXTRA}", metadata)
+            package.replace(temporary)
+        except (InvalidCxxCompiler, CppCompileError) as error:
+            raise ElitError(f"a package needs a C++ compiler, such as g++ ({str(error).splitlines()[0]})") from error
+        finally:
+            if package != temporary:
+                package.unlink(missing_ok=True)
+
+
+def _appended(package: Path) -> Any:
+    import zipfile
+
+    return zipfile.ZipFile(package, "a", zipfile.ZIP_STORED)
+
+
+def _root(package: Path) -> str:
+    """Returns the folder in which everything of an archive lies."""
+    import zipfile
+
+    with zipfile.ZipFile(package) as archive:
+        return archive.namelist()[0].partition("/")[0]
+
+
+def read_metadata(path: Path) -> tuple[str | None, bool]:
+    """Reads the metadata of an archive, and whether it holds machine code. Nothing of it is loaded.
+
+    Raises:
+        ElitError: it is no archive of PyTorch, or damaged.
+    """
+    with _reader(path) as reader:
+        names = reader.get_file_names()
+        text = reader.read_string(f"extra/{EXTRA}") if f"extra/{EXTRA}" in names else None
+        return text, any(name.startswith(NATIVE) for name in names)
+
+
+def load_program(path: Path, device: torch.device) -> Run:
+    """Loads a graph that passes :func:`check`, and returns what runs it.
+
+    Raises:
+        ElitError: it does not pass, or is damaged.
+    """
+    from torch.export.passes import move_to_device_pass
+
+    check(path)
+    try:
+        program = torch.export.load(path)
+        if device.type != "cpu":
+            program = move_to_device_pass(program, device)
+        module = program.module(check_guards=False)  # its caller checks the inputs
+    except Exception as error:  # of any kind, for a file may be damaged anywhere
+        raise ElitError(f"{path} is damaged, or another version of PyTorch wrote it ({_first_line(error)})") from error
+
+    def run(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(module(**inputs))
+
+    return run
+
+
+def load_package(path: Path) -> Run:
+    """Loads the machine code of a package, which can do whatever this process can.
+
+    Raises:
+        ElitError: it is damaged, or for another machine.
+    """
+    from torch._inductor import aoti_load_package
+
+    try:
+        package = aoti_load_package(str(path))
+    except Exception as error:
+        raise ElitError(f"{path} is damaged, or a package for another machine ({_first_line(error)})") from error
+
+    def run(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(package(**inputs))
+
+    return run
+
+
+def check(path: Path) -> None:
+    """Checks that loading an archive and running its graph only computes.
+
+    It is read by the reader that PyTorch will load it with, so that both see the same.
+
+    Raises:
+        ElitError: the archive holds something that our export does not write.
+    """
+    with _reader(path) as reader:
+        for name in reader.get_file_names():
+            if not RECORDS.fullmatch(name):
+                raise _refused(path, f"it holds {name}")
+        if reader.read_bytes("data/sample_inputs/model.pt"):
+            raise _refused(path, "it holds example inputs")
+        for name in ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json"):
+            for payload in json.loads(reader.read_string(name))["config"].values():
+                if payload["use_pickle"] is not False:
+                    raise _refused(path, "its weights are pickled")
+        graph = json.loads(reader.read_string("models/model.json"))
+        if graph["guards_code"]:
+            raise _refused(path, "it has conditions that are code")
+        for key, value in _entries(graph):
+            check_entry(path, key, value)
+
+
+def check_entry(path: Path, key: str, value: Any) -> None:
+    """Checks one entry of the JSON of a graph, at any depth: those that the loader evaluates or looks up by name."""
+    if key == "target" and str(value).removeprefix("torch.ops.") not in OPERATORS:
+        raise _refused(path, f"it calls {value}")
+    if key == "expr_str":
+        words = EXPRESSION.findall(value)
+        if "".join(words) != value or any(word.isalpha() and word not in IN_EXPRESSIONS for word in words):
+            raise _refused(path, "a size in it is no plain expression")
+    if key == "metadata" and value != {}:
+        raise _refused(path, "its nodes have metadata")
+    if key in ("in_spec", "out_spec") and any(t not in IN_TREES for k, t in _entries(json.loads(value)) if k == "type"):
+        raise _refused(path, "its inputs are of unknown types")
+
+
+def _entries(node: Any) -> Any:
+    """Yields every key with its value, at any depth of JSON."""
+    if isinstance(node, dict):
+        yield from node.items()
+        for value in node.values():
+            yield from _entries(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _entries(value)
+
+
+def _refused(path: Path, reason: str) -> ElitError:
+    return ElitError(f"{path} is not loaded: {reason}, which no file of elit export does")
+
+
+class _reader:  # noqa: N801  # a context manager, used as a function
+    """Opens an archive with PyTorch's own reader, and tells errors as those of the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Any:
+        from torch.export.pt2_archive._package import PT2ArchiveReader
+
+        try:
+            self.reader = PT2ArchiveReader(str(self.path))
+            return self.reader.__enter__()
+        except Exception as error:  # the reader has its own kinds
+            raise ElitError(f"{self.path} is damaged or no exported file ({_first_line(error)})") from error
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        self.reader.__exit__(kind, error, traceback)
+        if isinstance(error, Exception) and not isinstance(error, ElitError):
+            raise ElitError(f"{self.path} is damaged or no exported file ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
