@@ -20,9 +20,10 @@ ALLOWED = {
     "evaluation": BESIDE_FLOW,
     "analysis": BESIDE_FLOW,
     "export": BESIDE_FLOW,
+    "integrations": BESIDE_FLOW,
     "training": BESIDE_FLOW | {"evaluation", "analysis"},
     "serving": BESIDE_FLOW | {"evaluation", "analysis"},
-    "commands": BESIDE_FLOW | {"evaluation", "analysis", "training", "serving", "export"},
+    "commands": BESIDE_FLOW | {"evaluation", "analysis", "integrations", "training", "serving", "export"},
 }
 """What each package may use, beside itself and the base modules."""
 

@@ -6,6 +6,7 @@ from elit.data.pil import to_pil
 from elit.errors import ElitError
 from elit.export import export, load_exported
 from elit.flow import Cache, Guidance, Trajectory, advance, sample, trajectories
+from elit.integrations import elastify
 from elit.interface import BudgetByNoise
 from elit.models import Model, compile, create  # compile: as torch.compile
 from elit.models.files import load
@@ -21,6 +22,7 @@ __all__ = [
     "advance",
     "compile",
     "create",
+    "elastify",
     "export",
     "load",
     "load_exported",

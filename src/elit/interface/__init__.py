@@ -9,16 +9,20 @@ from elit.interface.budget import (
     draw_level,
     listed,
     to_level,
+    valid_levels,
 )
 from elit.interface.grid import TokenGrid, coordinates, triple
 from elit.interface.latent import InterfaceConfig, LatentInterface, Read, Write
+from elit.interface.retrofit import Layout, RetrofitInterface
 
 __all__ = [
     "Budget",
     "BudgetByNoise",
     "InterfaceConfig",
     "LatentInterface",
+    "Layout",
     "Read",
+    "RetrofitInterface",
     "TokenGrid",
     "Write",
     "budget_schedule",
@@ -29,4 +33,5 @@ __all__ = [
     "listed",
     "to_level",
     "triple",
+    "valid_levels",
 ]

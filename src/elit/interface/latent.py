@@ -73,11 +73,19 @@ class Read(nn.Module):
         self.mlp = Mlp(width, width, bias=False)
         self.modulation = Modulation(width, 7 if published else 6)  # the published seventh part is not used
 
-    def forward(self, latents: Tensor, s: Tensor, c: Tensor, rope: Rotary | None) -> Tensor:
-        """Reads spatial tokens s (B, G, J, D) under condition c (B, D) into latents (B, G, J~, D), which it returns."""
+    def forward(
+        self, latents: Tensor, s: Tensor, c: Tensor, rope: Rotary | None, latent_rope: Rotary | None = None
+    ) -> Tensor:
+        """Reads spatial tokens s (B, G, J, D) under condition c (B, D) into latents (B, G, J~, D), which it returns.
+
+        Args:
+            rope: positions of the tokens in their window.
+            latent_rope: those of the latents; None is the origin.
+        """
         shift_s, scale_s, gate_a, shift_m, scale_m, gate_m, *_ = self.modulation(c, s.dim())
         context = modulate(self.context_norm(s), shift_s, scale_s)
-        read = self.attention(self.query_norm(latents).flatten(0, 1), context.flatten(0, 1), k_rope=rope)
+        query = self.query_norm(latents).flatten(0, 1)
+        read = self.attention(query, context.flatten(0, 1), q_rope=latent_rope, k_rope=rope)
         latents = torch.addcmul(latents, gate_a, read.view_as(latents))
         return torch.addcmul(latents, gate_m, self.mlp(modulate(self.mlp_norm(latents), shift_m, scale_m)))
 
@@ -94,10 +102,15 @@ class Write(nn.Module):
         self.mlp_norm = nn.Identity() if published else layer_norm(width)
         self.mlp = Mlp(width, width, bias=False)
 
-    def forward(self, s: Tensor, latents: Tensor, rope: Rotary | None) -> Tensor:
-        """Writes latents (B, G, J~, D) into spatial tokens s (B, G, J, D), which it returns."""
+    def forward(self, s: Tensor, latents: Tensor, rope: Rotary | None, latent_rope: Rotary | None = None) -> Tensor:
+        """Writes latents (B, G, J~, D) into spatial tokens s (B, G, J, D), which it returns.
+
+        Args:
+            rope: positions of the tokens in their window.
+            latent_rope: those of the latents; None is the origin.
+        """
         query, context = self.query_norm(s).flatten(0, 1), self.context_norm(latents).flatten(0, 1)
-        s = s + self.attention(query, context, q_rope=rope).view_as(s)
+        s = s + self.attention(query, context, q_rope=rope, k_rope=latent_rope).view_as(s)
         return s + self.mlp(self.mlp_norm(s))
 
     def init_weights(self) -> None:
