@@ -196,6 +196,7 @@ def fuzz_sockets(address: str, count: int) -> Counter[int]:
             answer = b""
             while part := client.recv(65536):
                 answer += part
+        answer = answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
         status = int(answer[9:12]) if answer else 0
         statuses[status] += 1
         assert status in REFUSED | {0, 200, 204, 307}, answer[:2000]

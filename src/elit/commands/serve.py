@@ -115,6 +115,7 @@ def serve(options: ServeOptions) -> None:
     """
     try:
         from elit.serving.http import HttpOptions, create_app
+        from elit.serving.page import mount_page
         from elit.serving.parse import Defaults
         from elit.serving.pipeline import Pipeline
         from elit.serving.server import open_socket, run
@@ -141,6 +142,8 @@ def serve(options: ServeOptions) -> None:
         class_names=options.read_class_names(model),
     )
     app = create_app(pipeline, defaults, HttpOptions(options.api_key, request_seconds=options.request_seconds))
+    if options.page:
+        mount_page(app)
     host, port = listening.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 

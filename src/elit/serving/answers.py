@@ -66,8 +66,8 @@ class Answer:
     async def events(self) -> AsyncGenerator[schema.PartialImageEvent | schema.CompletedEvent]:
         """Yields the images as they form, and as they are finished, in the order in which that happens."""
         shown = [0] * len(self.wanted)
-        async with aclosing(_merged(self._streams)) as merged:
-            async for index, event in merged:
+        async with aclosing(merged(self._streams)) as events:
+            async for index, event in events:
                 common = {"image_index": index, "created_at": int(time.time()), **self._format()}
                 if isinstance(event, PartialPicture):
                     common |= {"partial_image_index": shown[index], "b64_json": await self._encoded(event.pixels)}
@@ -130,7 +130,7 @@ async def _last(stream: AsyncGenerator[PictureEvent]) -> Picture:
     raise RuntimeError("a stream of events ended without its picture")
 
 
-async def _merged(streams: Sequence[AsyncGenerator[PictureEvent]]) -> AsyncGenerator[tuple[int, PictureEvent]]:
+async def merged(streams: Sequence[AsyncGenerator[PictureEvent]]) -> AsyncGenerator[tuple[int, PictureEvent]]:
     """Yields the events of several streams as they come, each with the index of its stream."""
     events = asyncio.Queue[tuple[int, PictureEvent | Exception | None]]()
 

@@ -14,6 +14,7 @@ from elit.data.autoencoder import decode
 from elit.data.pixels import to_uint8
 from elit.errors import ElitError
 from elit.models import Model
+from elit.serving.costs import CostTable
 from elit.serving.engine import Engine, EngineStatus, Observer
 from elit.serving.request import Event, Failed, Finished, Preview, Request
 
@@ -74,6 +75,10 @@ class Pictures(Protocol):
     size: tuple[int, int]
     observers: list[Observer]
 
+    @property
+    def costs(self) -> CostTable | None:
+        """What a step costs on the machine at each level and batch size; None until it was measured."""
+
     async def start(self) -> None:
         """Begins to start; ``status().ready`` says when requests are taken."""
 
@@ -126,6 +131,10 @@ class Pipeline(Pictures):
         height, width, _ = self._decode(torch.zeros(shape)).shape
         self.size = (width, height)
         self._threads = ThreadPoolExecutor(1, "elit-decode")
+
+    @property
+    def costs(self) -> CostTable | None:
+        return self.engine.costs
 
     async def start(self) -> None:
         self.engine.start()
