@@ -3,7 +3,7 @@
     git worktree add ../before 8d1947a
     OMP_NUM_THREADS=1 python benchmarks/cpu.py --other ../before --parts forward,training,mixed
 
-Parts `forward` and `training` time eager float32, eager bf16 and compiled blocks at five budgets. All of them, and both
+Parts `forward` and `training` time eager float32, eager bf16 and compiled layers at five budgets. All of them, and both
 checkouts, take turns in one run, and each ratio is the median over turns of a ratio within a turn:
 
 - speed-up: time of eager float32 here over time of this row; above 1 is faster;
@@ -77,6 +77,15 @@ def forward_of(side: Side, way: Way, batch_size: int) -> Callable[[float], objec
     return lambda budget: side.model(x, t, y, budget=budget)
 
 
+def compile_layers(library: Any, model: Any) -> None:
+    """Compiles a model as its checkout does; one without :func:`elit.compile` only its blocks."""
+    if hasattr(library, "compile"):
+        library.compile(model)
+        return
+    for block in model.blocks:
+        block.compile()
+
+
 def training_of(side: Side, way: Way, batch_size: int) -> Callable[[float], object]:
     """Returns what runs a training step at a budget: forward, backward and AdamW."""
     parameters = [p for p in side.model.parameters() if p.requires_grad]
@@ -129,8 +138,8 @@ def at_budgets(
                 weights = {key: value.clone() for key, value in side.model.state_dict().items()}
                 flops = {b: count_flops(side.model.config, side.model.level(b)).total for b in BUDGETS}
             run = prepare(side, way, batch)
-            for block in side.model.blocks if way.compiled else ():
-                block.compile()
+            if way.compiled:
+                compile_layers(library, side.model)
             runs.update({Case(way, budget, checkout): partial(run, budget) for budget in BUDGETS})
     seconds = in_turns(runs, turns, f"{name}, {part}")
     return [
@@ -223,7 +232,7 @@ def benchmark(
         parts: what to time, of forward, training and mixed; written with commas.
         models: named models with a latent interface, at 256px.
         dtypes: float32, or float32,bf16.
-        modes: eager alone, or also with compiled blocks.
+        modes: eager alone, or also with compiled layers.
         batch_size: images of a forward or a training step; a mix has its own.
         turns: how often each is timed.
         out: the JSON file.

@@ -31,6 +31,7 @@ from elit.evaluation import Judge, train_classifier
 
 ERROR_SAMPLES = 64  # on which the distance to many steps at full budget is measured
 TIMED_BATCH = 32
+FORMATS = {"distance": "{:.4f} ± {:.4f}", "Frechet": "{:.1f} ± {:.1f}", "accuracy": "{:.1%} ± {:.1%}"}
 GUIDANCE = {"no guidance": None, "cfg 2": elit.Guidance("cfg", 2.0)}
 
 
@@ -68,7 +69,7 @@ def measure(model: Any, judge: Judge, settings: list[dict[str, Any]], seed: int,
         samples = elit.sample(model, labels, seeds=seeds, batch_size=250, **arguments)
         quality = judge(samples, labels)
         error = measure_error(samples[first], reference)
-        found.append({"error": error, "frechet": quality.frechet_distance, "accuracy": quality.accuracy})
+        found.append({"distance": error, "Frechet": quality.frechet_distance, "accuracy": quality.accuracy})
     return found
 
 
@@ -79,6 +80,7 @@ def run(
     seeds: int = 3,
     num_samples: int = 1000,
     rounds: int = 9,
+    quality: bool = True,
 ) -> None:
     """Print a table with and without guidance, and write all numbers.
 
@@ -89,6 +91,7 @@ def run(
         seeds: how many noises to average over.
         num_samples: samples of each way and seed.
         rounds: how often each way is timed.
+        quality: false only measures times, for which the machine should be idle.
     """
     net, train = elit.load(model), digits()
     judge = Judge(train_classifier(train), train)
@@ -96,7 +99,7 @@ def run(
     for title, guidance in GUIDANCE.items():
         compared = ways(steps)
         settings = [{**way.arguments, "guidance": guidance} for way in compared]
-        by_seed = [measure(net, judge, settings, seed, num_samples) for seed in range(seeds)]
+        by_seed = [measure(net, judge, settings, seed, num_samples) for seed in range(seeds if quality else 0)]
         labels = torch.arange(TIMED_BATCH) % 10
         calls = [partial(elit.sample, net, labels, batch_size=TIMED_BATCH, **arguments) for arguments in settings]
         seconds = time_interleaved(calls, net.device, rounds, warmup=1)
@@ -121,18 +124,12 @@ def as_table(title: str, rows: list[dict[str, Any]]) -> Table:
     """Shows means and 95 % intervals over seeds, by falling cost."""
     table = Table(title=title, title_justify="left")
     table.add_column("way")
-    for heading in ("GFLOPs", "ms an image", "distance", "Frechet", "accuracy"):
+    for heading in ("GFLOPs", "ms an image", *FORMATS):
         table.add_column(heading, justify="right")
     for row in rows:
-        values = {key: [found[key] for found in row["by_seed"]] for key in row["by_seed"][0]}
-        table.add_row(
-            row["name"],
-            f"{row['flops'] / 1e9:.3f}",
-            f"{row['ms']:.2f}",
-            "{:.4f} ± {:.4f}".format(*interval(values["error"])),
-            "{:.1f} ± {:.1f}".format(*interval(values["frechet"])),
-            "{:.1%} ± {:.1%}".format(*interval(values["accuracy"])),
-        )
+        values = {key: [found[key] for found in row["by_seed"]] for key in FORMATS if row["by_seed"]}
+        scores = [FORMATS[key].format(*interval(of_key)) for key, of_key in values.items()]
+        table.add_row(row["name"], f"{row['flops'] / 1e9:.3f}", f"{row['ms']:.2f}", *scores)
     return table
 
 
