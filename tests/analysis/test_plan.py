@@ -272,6 +272,31 @@ def test_files_of_another_version_are_refused(tmp_path: Path, plain: Calibration
             Plan.load(tmp_path / "plan.json")
 
 
+class InOnePiece(Model):
+    """Runs a model as a whole, as an exported file does."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model.config)
+        self.model, self.interface = model, model.interface
+
+    def encode(self, x: Any, t: Any, y: Any = None) -> Any:
+        return x, t, y
+
+    def at_levels(self, encoded: Any, num_latents: Any, rows: Any = None) -> Any:
+        assert rows is None
+        return self.model(*encoded, num_latents=num_latents)
+
+
+def test_a_model_in_one_piece_is_planned_without_caches(model: Model) -> None:
+    whole = InOnePiece(model)
+    calibration = calibrate(whole, LABELS, num_samples=2)
+    assert [table.cache for table in calibration.step_tables] == [None]
+    plan = solve(calibration, calibration.flops[0] * 8, "flops")
+    assert torch.equal(elit.sample(whole, LABELS, **plan.arguments()), elit.sample(model, LABELS, **plan.arguments()))
+    with pytest.raises(ElitError, match="this model has no parts: it is exported as a whole"):
+        elit.sample(whole, LABELS, cache=Cache(0.1))
+
+
 def test_autoguidance_keeps_its_weak_term(model: Model) -> None:
     calibration = calibrate(model, LABELS, num_samples=2, guidance=Guidance("ag", 2.0, budget=0.5))
     assert [o.guidance for o in calibration.tables] == [Guidance("ag", 2.0, budget=0.5)]

@@ -25,7 +25,7 @@ from elit.conditions import Condition, map_condition
 from elit.digest import weights_digest
 from elit.errors import ElitError
 from elit.flow import Cache, Guidance, Trajectory, advance, flow_of, sample, weak_level
-from elit.flow.caching import embedding_changes
+from elit.flow.caching import can_skip_core, embedding_changes
 from elit.flow.solvers import solver_named
 from elit.models import Model
 from elit.seeding import generator, normal
@@ -100,7 +100,8 @@ class Calibration:
         times: noise levels, descending from 1.
         tables: one for each way to guide, the one asked for first.
         seconds: of one evaluation of a batch without guidance: (levels,). ``flops`` likewise, of one sample.
-        seconds_skipped, flops_skipped: the same where a cache skips the core.
+        seconds_skipped, flops_skipped: the same where a cache skips the core; of no use where the model has none to
+            skip.
         overhead: seconds of a call of :func:`elit.sample` beside its steps.
         step_tables: one for each cache, the one without first.
         stamp: what was measured, with what and when.
@@ -226,7 +227,8 @@ def calibrate(
     errors = measurement.velocity_errors(ways, levels)
     timer = _StepTimer(_Samples(model, labels, batch_size, path))
     seconds, seconds_guided = timer.measure(ways, levels)
-    seconds_skipped, seconds_guided_skipped = timer.measure(ways, levels, skips_core=True)
+    skips = can_skip_core(model)
+    seconds_skipped, seconds_guided_skipped = timer.measure(ways, levels, True) if skips else (seconds, seconds_guided)
 
     def flops(way: Guidance | None, skips_core: bool = False) -> list[int]:
         weak = None if way is None else weak_level(model, way)
@@ -339,9 +341,10 @@ class _ErrorMeasurement:
     def step_tables(self) -> list[StepTable]:
         """Measures the errors of fewer steps, without a cache and with each, against ``REFERENCE_STEPS`` without."""
         reference = self._run(REFERENCE_STEPS, self.noise)[-1]
-        changes = [embedding_changes(self.model, self._grid(steps)) for steps in STEPS]
+        skips = can_skip_core(self.model)
+        changes = [embedding_changes(self.model, self._grid(steps)) for steps in STEPS] if skips else []
         tables = []
-        for cache in (None, *CACHES):
+        for cache in (None, *CACHES) if skips else (None,):
             ends = [self._run(n, self.noise, cache=cache)[-1] for n in STEP_COUNTS]
             core_runs = [] if cache is None else [cache.steps_that_run(of_grid) for of_grid in changes]
             tables.append(StepTable(cache, [root_mean_square(end - reference) for end in ends], core_runs))

@@ -55,6 +55,12 @@ class Cache:
         return [*runs[:-1], True]
 
 
+def can_skip_core(model: Model) -> bool:
+    """Tells whether a cache can skip the core of a model: an elastic one that runs in parts, as exported files do
+    not."""
+    return isinstance(model, Transformer) and model.interface is not None
+
+
 @torch.no_grad()
 def embedding_changes(model: Model, times: Tensor) -> list[float]:
     """Returns the relative L1 change of a model's time embedding in every step.
@@ -65,8 +71,10 @@ def embedding_changes(model: Model, times: Tensor) -> list[float]:
     Raises:
         ElitError: the model has no core to skip.
     """
-    if not isinstance(model, Transformer) or model.interface is None:
-        raise ElitError("a cache skips the core of an elastic model, and this model has no latent interface")
+    if not can_skip_core(model):
+        lacks = "no latent interface" if model.interface is None else "no parts: it is exported as a whole"
+        raise ElitError(f"a cache skips the core of an elastic model, and this model has {lacks}")
+    assert isinstance(model, Transformer)
     embedded = model.embed_time(times.to(model.device, torch.float32)).double()
     change = embedded.diff(dim=0).abs().sum(1) / embedded[:-1].abs().sum(1)
     return change.tolist()
