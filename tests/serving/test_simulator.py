@@ -136,13 +136,13 @@ def test_the_level_does_not_swing() -> None:
 
 
 def test_more_than_the_floor_can_serve_is_refused_and_nothing_is_lost() -> None:
-    jobs = poisson(5.0, 40)
+    jobs = poisson(5.0, 15)
     kept = simulate(Scheduler(COSTS, replace(OPTIONS, refuse_late=True)), jobs)
     refused = [outcome for outcome in kept if outcome.finish is None]
     assert len(kept) == len(jobs) and len(refused) > 0.2 * len(jobs)
     served = [outcome for outcome in kept if outcome.finish is not None]
     assert attainment(served) >= 0.95
-    bounded = simulate(Scheduler(COSTS, replace(OPTIONS, queue_limit=30)), poisson(5.0, 40))
+    bounded = simulate(Scheduler(COSTS, replace(OPTIONS, queue_limit=30)), poisson(5.0, 15))
     assert attainment([outcome for outcome in bounded if outcome.finish is not None]) == 1.0  # as the queue is short
 
 
@@ -150,7 +150,7 @@ def test_nobody_starves() -> None:
     """A patient request goes first once all that is urgent came after its deadline."""
     patient = Job(0.0, STEPS, FULL, latency_objective=15.0)
     scheduler = Scheduler(COSTS, replace(OPTIONS, refuse_late=True))
-    outcomes = simulate(scheduler, [patient, *poisson(4.0, 60)])
+    outcomes = simulate(scheduler, [patient, *poisson(4.0, 30)])
     (finish,) = (outcome.finish for outcome in outcomes if outcome.job is patient)
     assert finish is not None and finish <= 15 + 1
 
