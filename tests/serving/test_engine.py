@@ -31,6 +31,8 @@ from elit.serving import (
     QueueFull,
     Request,
 )
+from elit.serving.job import Job
+from elit.serving.scheduler import Scheduler
 from tests.helpers.models import Recorder, inputs, tiny
 from tests.helpers.stacks import KINDS
 
@@ -109,6 +111,25 @@ def test_images_that_share_batches_are_those_of_sample(model: Any, engine: Engin
     for request, result in zip(requests, results(engine, requests), strict=True):
         expected = again(model, request, result)
         assert (result.sample - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+class Swinging(Scheduler):
+    """Gives another level before every batch."""
+
+    def next_batch(self, now: float) -> list[Job]:
+        levels = self.options.levels
+        self.level = levels[(levels.index(self.level) + 1) % len(levels)]
+        self._batches_since = 0  # the controller is not asked
+        return super().next_batch(now)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "sde"])
+def test_a_level_that_changes_on_the_way_is_delivered_as_it_says(model: Any, solver: str) -> None:
+    with Engine(model, EngineOptions(max_work=8), scheduler=Swinging) as engine:
+        request = Request(3, seed=7, steps=6, solver=solver, min_budget=0.5, guidance=Guidance("cfg", 2.0))
+        (result,) = results(engine, [request])
+    assert set(result.budgets) == ({0.5, 0.75} if solver == "heun" else {0.5, 0.75, 1.0})  # heun: every other batch
+    assert torch.equal(result.sample, again(model, request, result))
 
 
 def test_events_come_as_a_stream(model: Any, engine: Engine) -> None:
