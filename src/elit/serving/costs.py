@@ -1,6 +1,5 @@
 """What a batch costs on this machine: a table of seconds by level and batch size, and what follows from it."""
 
-import statistics
 import time
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,8 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 MEASURED_LEVELS = 5  # of more, the others are interpolated
 ROUNDS = 5
 ENOUGH_THROUGHPUT = 0.9  # of the best: where a larger batch is no longer worth the latency it adds
-ENOUGH_GAIN = 1.03  # of throughput by a batch of twice the size; below, larger ones are not measured
+ENOUGH_GAIN = 1.03  # of throughput by a batch of twice the size; twice below, larger ones are not measured
+LONG_STEP = 1.0  # seconds; nor are they after one that takes so long
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class CostTable:
 def measure_costs(model: Model, path: str = "linear", most_rows: float | None = None) -> CostTable:
     """Measures a model on its device: steps of trajectories, as an engine takes them, at some levels and batch sizes.
 
-    Batch sizes double until they no longer gain throughput at the highest level, or do not fit into memory.
+    Batch sizes double until they no longer gain throughput at the highest level, take long or do not fit into memory.
 
     Args:
         most_rows: the most rows in a batch that are of interest; None is 64.
@@ -106,6 +106,7 @@ def measure_costs(model: Model, path: str = "linear", most_rows: float | None = 
     levels = choose_levels(model.levels, MEASURED_LEVELS) or (0,)
     sizes: list[int] = []
     columns: list[list[float]] = []
+    gainless = 0
     for size in BATCH_SIZES:
         if sizes and most_rows is not None and size >= 2 * most_rows:
             break
@@ -116,7 +117,9 @@ def measure_costs(model: Model, path: str = "linear", most_rows: float | None = 
                 raise
             break
         sizes.append(size)
-        if len(sizes) > 1 and columns[-1][-1] > 2 * columns[-2][-1] / ENOUGH_GAIN:
+        gained = len(sizes) < 2 or columns[-1][-1] < 2 * columns[-2][-1] / ENOUGH_GAIN
+        gainless = 0 if gained else gainless + 1
+        if gainless == 2 or columns[-1][-1] > LONG_STEP:
             break
     # A larger batch or a higher level cannot take less: where it seems to, the other was disturbed.
     rising = np.minimum.accumulate(np.minimum.accumulate(np.array(columns).T[::-1, ::-1], 0), 1)[::-1, ::-1]
@@ -130,7 +133,10 @@ def measure_costs(model: Model, path: str = "linear", most_rows: float | None = 
 
 
 def _time_steps(model: Model, path: str, batches: Sequence[Sequence[int]]) -> list[float]:
-    """Times one step of each of several batches, all given by the levels of their rows: medians of rounds in turns."""
+    """Times one step of each of several batches, which the levels of their rows describe: the least of rounds in turns.
+
+    Other work on the machine only ever adds to a time; how much it adds at present, the scheduler watches itself.
+    """
     stamps: list[list[float]] = [[] for _ in batches]
     size = len(batches[0])
     y = example_condition(model, size)
@@ -145,7 +151,7 @@ def _time_steps(model: Model, path: str, batches: Sequence[Sequence[int]]) -> li
             advance(model, flight)
             torch.cat([trajectory.x for trajectory in flight]).isfinite().all().item()
             seconds += [time.perf_counter() - start] * (turn > 0)  # the first warms up
-    return [statistics.median(seconds) for seconds in stamps]
+    return [min(seconds) for seconds in stamps]
 
 
 def is_out_of_memory(error: Exception) -> bool:
