@@ -8,6 +8,9 @@ from typing import Any
 from elit.errors import ElitError
 from elit.interface.retrofit import Start
 
+KNOWN_BASES = ("qwen-image", "flux", "sd3.5", "pixart", "dit-xl", "wan")
+"""Published transformers whose elastic versions are counted from their configurations, see :mod:`~.cost`."""
+
 
 def elastify(
     transformer: Any,
