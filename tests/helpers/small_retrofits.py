@@ -25,7 +25,7 @@ def times(batch: int) -> torch.Tensor:
 def dit() -> Any:
     from diffusers import DiTTransformer2DModel
 
-    return DiTTransformer2DModel(**WIDTH, in_channels=4, sample_size=16)
+    return DiTTransformer2DModel(**WIDTH, in_channels=4, out_channels=8, sample_size=16)
 
 
 def dit_inputs(batch: int) -> dict[str, Any]:
