@@ -9,12 +9,11 @@ import pytest
 import torch
 
 import elit
+from tests.helpers.small_pipelines import PIPELINES
 from tests.helpers.small_retrofits import randomize_interface
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-
-from tests.helpers.small_pipelines import PIPELINES
 
 STEPS = 2
 

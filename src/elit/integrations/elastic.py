@@ -7,6 +7,7 @@ gradient checkpointing runs once more does what it did before.
 """
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -138,6 +139,12 @@ class ElasticMixin:
         together = [*of_base, *(each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own)]
         __init__.__signature__ = inspect.Signature(together)  # type: ignore[attr-defined]  # the configuration is read off it
         cls.__init__ = register_to_config(__init__)  # type: ignore[method-assign]
+
+        @functools.wraps(base.forward)  # pipelines look at its arguments
+        def forward(self: Any, *args: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
+            return self.run(args, kwargs, layout)
+
+        cls.forward = forward
         cls._call_signature = inspect.signature(base.forward)
         cls._skip_layerwise_casting_patterns = [*base._skip_layerwise_casting_patterns, KEY]
         elastic = {kind.__name__: version.__name__ for kind, version in cls.block_versions.items()}
@@ -146,6 +153,7 @@ class ElasticMixin:
         for kind, version in cls.block_versions.items():
             TransformerBlockRegistry.register(version, TransformerBlockRegistry.get(kind))
 
+    forward: ClassVar[Callable[..., Any]]
     _call_signature: ClassVar[inspect.Signature]
     _skip_layerwise_casting_patterns: ClassVar[list[str]]
     _repeated_blocks: ClassVar[list[str]]
@@ -263,6 +271,11 @@ class ElasticMixin:
                 self.level(each)
         self._budget, self._weak_budget = budget, weak
 
+    @property
+    def budgets(self) -> tuple[Budget | None, Budget | None]:
+        """What :meth:`set_budget` set: the budget, and that of the weak term."""
+        return self._budget, self._weak_budget
+
     @contextmanager
     def cache_context(self, name: str, **details: Any) -> Iterator[None]:
         """Tells the model which term of guidance runs, as pipelines do that run one after the other."""
@@ -319,9 +332,9 @@ class ElasticMixin:
             return above.__call__(*args, layout=strong, **kwargs)
         return self._guided(args, kwargs, given["hidden_states"], strong, self._layout(size, weak, device))
 
-    def forward(self, *args: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout | None) -> Any:
         """Runs the forward of the base, with the call among the arguments that it hands on to its blocks."""
-        if layout is None:
+        if layout is None:  # somebody called forward itself
             return self(*args, **kwargs)
         above: Any = super()
         with self.carried(Call(self.elit, layout), kwargs) as arguments:
