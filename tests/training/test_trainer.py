@@ -5,7 +5,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -99,6 +99,38 @@ def test_steps_without_a_finite_loss_change_nothing_and_stop_the_run(tmp_path: P
         trainer.run_to_end()
     assert trainer.step == 3
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_steps_without_a_finite_loss_stop_the_run_one_step_later_where_no_log_is_due(tmp_path: Path) -> None:
+    trainer = Trainer(config(tmp_path / "run", max_skipped=3, log_every=50, checkpoint_every=50), Poisoned(good=4))
+    with pytest.raises(ElitError, match="not finite for 3 steps in a row, up to step 7"):
+        trainer.run_to_end()
+    assert not list((tmp_path / "run/checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_skipped_step_leaves_weights_and_optimizer_as_they_are(
+    tmp_path: Path, name: Literal["adamw", "muon"]
+) -> None:
+    settings = OptimizerConfig(name, lr=1e-3, warmup_steps=0, weight_decay=0.1)
+    trainer = Trainer(config(tmp_path / "run", steps=4, optimizer=settings), Poisoned(good=2))
+    steps = iter(trainer)
+    next(steps), next(steps)
+    before = {key: value.clone() for key, value in trainer.trained.tensors().items()}
+    assert next(steps).skipped == 1
+    assert all(torch.equal(before[key], value) for key, value in trainer.trained.tensors().items())
+
+
+def test_a_report_is_read_when_it_is_wanted(tmp_path: Path) -> None:
+    """Also long after, and the log has the same numbers."""
+    reports = list(Trainer(config(tmp_path / "run", steps=5, log_every=2)))
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    for line in lines:
+        report = reports[line["step"] - 1]
+        assert (report.loss, report.grad_norm, report.skipped) == (line["loss"], line["grad_norm"], line["skipped"])
+        assert report.alignment is None
+    assert len({report.loss for report in reports}) == 5
 
 
 def test_a_skipped_step_leaves_the_average_as_it_is(tmp_path: Path) -> None:
