@@ -67,7 +67,7 @@ def measure(config: TrainConfig, prefetch: int, out: Path) -> tuple[float, float
     """Seconds to read a batch, while nothing else runs; seconds of a step; and the part of it that waits for data."""
     config.out, config.prefetch = str(out), prefetch
     trainer = Trainer(config)
-    times = []
+    times: list[float] = []
     with closing(trainer.loader.batches(0, 0)) as batches:  # type: ignore[type-var]
         while prefetch == 0 and len(times) < EVERY:
             start = time.perf_counter()

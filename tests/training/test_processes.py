@@ -31,6 +31,7 @@ from tests.helpers.runs import (
 
 BY_NOISE = ElasticConfig(group_size=4, by_noise=BudgetByNoise([0.7, 0.4], [0.25, 0.5, 1.0]))
 CASES = ("all budgets", "by noise, uneven", "aligned")
+HALF = "in half precision"
 Parallel = Literal["ddp", "fsdp"]
 
 
@@ -85,9 +86,10 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainConfig]:
         adamw(folder / CASES[1], 4, **uneven),
         adamw(folder / CASES[2], 4, repa=aligned),
     ]
+    made.append(adamw(folder / HALF, 4, precision="bf16"))
     for each in made:
         Trainer(each).run_to_end()
-    return dict(zip(CASES, made, strict=True))
+    return dict(zip((*CASES, HALF), made, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,22 @@ def test_two_processes_have_the_loss_curve_of_one(
     assert "held_out_loss/0.25" in log(one)[-1]
     assert ("alignment" in log(one)[-1]) == (name == "aligned")
     assert (two / f"samples/step-{cases[name].steps:08d}.png").exists()
+
+
+def test_shards_in_half_precision_are_summed_in_full(
+    cases: dict[str, TrainConfig], together: dict[Parallel, Path]
+) -> None:
+    """Blocks are gathered in bf16, of which matrix products see the same as under autocast alone; of the rest, norms of
+    queries and keys are rounded. What is saved is float32."""
+    alone = log(Path(cases[HALF].out))
+    for parallel in ("ddp", "fsdp"):
+        for a, b in zip(alone, log(together[parallel] / HALF), strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-2)  # bf16 has 8 bits
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=5e-2)
+    last = "checkpoints/step-00000004/training.safetensors"
+    weights = [load_file(together[parallel] / HALF / last) for parallel in ("ddp", "fsdp")]
+    assert {value.dtype for value in weights[1].values()} == {torch.float32}
+    torch.testing.assert_close(*weights, rtol=0.1, atol=5e-3)  # four steps of at most 1e-3 each
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,14 +1,20 @@
 """Training and sampling on a GPU: what is near, what is the same, and what is the same to the bit."""
 
+import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from torch import Tensor
 
 import elit
-from elit.training import ModelChoice, OptimizerConfig, StepReport, Trainer, state
-from tests.helpers.runs import FIELDS, config, contents
+from elit.data import ImageData, digits8
+from elit.data.pixels import from_uint8
+from elit.interface import BudgetByNoise
+from elit.training import ElasticConfig, ModelChoice, OptimizerConfig, StepReport, Trainer, state
+from tests.helpers.runs import FIELDS, config, contents, log, train_together
 
 pytestmark = pytest.mark.cuda
 
@@ -40,6 +46,71 @@ def test_compiled_steps_are_the_eager_ones(tmp_path: Path, precision: str, rel: 
     eager = reports(tmp_path / "a", precision=precision)
     compiled = reports(tmp_path / "b", precision=precision, compile=True, checkpoint_activations=checkpointed)
     agree(eager, compiled, rel)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_step_waits_for_nothing(tmp_path: Path, precision: str, name: Literal["adamw", "muon"]) -> None:
+    """From the second step on, with batches of several levels; the numbers of the step before are waited for through
+    an event, which torch does not count as a synchronisation."""
+    by_noise = ElasticConfig(group_size=4, by_noise=BudgetByNoise([0.6], [0.25, 1.0]))
+    optimizer = OptimizerConfig(name, lr=1e-3, warmup_steps=5)
+    settings: dict[str, Any] = {"elit": by_noise, "optimizer": optimizer, "precision": precision}
+    quiet: dict[str, Any] = {"steps": 12, "log_every": 12, "checkpoint_every": 12}
+    found = []
+    try:
+        for report in Trainer(config(tmp_path / "run", **settings, **quiet)):
+            torch.cuda.set_sync_debug_mode("error" if 2 <= report.step < 11 else "default")
+            found.append(report)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(report.batch_size == 16 for report in found)
+    assert [report.skipped for report in found][-1] < 12
+
+
+def test_the_wait_for_data_is_that_of_the_gpu(tmp_path: Path) -> None:
+    """Data that are read in time stop it; those that are read ahead do not."""
+    waits = []
+    for ahead in (0, 2):
+        data = SlowDigits()
+        trainer = Trainer(config(tmp_path / f"{ahead}", steps=20, log_every=20, prefetch=ahead), data)
+        spin = torch.randn(2048, 2048, device="cuda")
+        trainer.model.register_forward_hook(lambda *_, spin=spin: [spin @ spin for _ in range(100)] and None)
+        trainer.run_to_end()
+        assert trainer.last_speed is not None
+        waits.append(trainer.last_speed.data_wait)
+    assert waits[1] < waits[0] / 3
+    assert 0 < waits[0] < 1
+
+
+class SlowDigits(ImageData):
+    """Digits that take 5 ms to read."""
+
+    def __init__(self) -> None:
+        digits = digits8()
+        super().__init__(digits.images, digits.labels, digits.num_classes)
+
+    def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+        time.sleep(0.005)
+        return super().batch(indices, seed)
+
+
+def test_bytes_become_the_same_numbers_on_every_device() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(from_uint8(pixels.cuda()).cpu(), from_uint8(pixels))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_gpus_train_what_one_does(tmp_path: Path, parallel: Literal["ddp", "fsdp"]) -> None:
+    """Over NCCL, in bf16, which has 8 bits."""
+    settings: dict[str, Any] = {"steps": 6, "optimizer": ADAMW, "precision": "bf16"}
+    alone = config(tmp_path / "alone", **settings)
+    Trainer(alone).run_to_end()
+    train_together(tmp_path, replace(alone, out=str(tmp_path / "pair"), parallel=parallel))
+    for one, two in zip(log(tmp_path / "alone"), log(tmp_path / "pair"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-2)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-1)
 
 
 @pytest.mark.parametrize("changes", [{}, {"compile": True}], ids=["eager", "compiled"])

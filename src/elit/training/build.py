@@ -1,15 +1,18 @@
 """The model that a run trains, as its configuration and its data want it."""
 
-from typing import Any
+import math
+from typing import Any, get_type_hints
 
 import torch
 
 from elit.conditions import Text
 from elit.data import Data
 from elit.errors import ElitError
+from elit.interface import InterfaceConfig
 from elit.models import Model, config_for, create
 from elit.seeding import torch_seeded
 from elit.training.budgets import TrainingLevels, training_levels
+from elit.training.checks import check_type
 from elit.training.config import TrainConfig
 
 
@@ -40,6 +43,7 @@ def _fields(config: TrainConfig, data: Data, empty: Text | None) -> dict[str, An
     """Collects the fields of the model's configuration: what the data want, and over it what the run wants."""
     channels, *size = data.shape
     fields: dict[str, Any] = {"in_channels": channels, "num_classes": data.num_classes, "input_size": tuple(size)}
+    _check_fields(config, fields)
     if config.elit.group_size is not None:
         if "group_size" in config.model.fields:
             raise ElitError("group_size is given twice, in elit and in model.fields; leave one out")
@@ -52,6 +56,32 @@ def _fields(config: TrainConfig, data: Data, empty: Text | None) -> dict[str, An
     return fields | config.model.fields
 
 
+def _check_fields(config: TrainConfig, of_data: dict[str, Any]) -> None:
+    """Checks the values that a run gives to fields of the model's configuration. Names are checked where it is built.
+
+    Raises:
+        ElitError: a value has another type, is negative, or contradicts the data.
+    """
+    types = get_type_hints(InterfaceConfig) | get_type_hints(type(config_for(config.model.name)))
+    for name, value in config.model.fields.items():
+        if name in types:
+            check_type(types[name], value, f"model.fields.{name}")
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise ElitError(f"model.fields.{name} is {value}; it must be at least 0")
+    given = config.model.fields
+    for name in ("in_channels", "input_size"):
+        if name in given and _size(given[name]) != _size(of_data[name]):
+            raise ElitError(f"model.fields.{name} is {given[name]}, and the data have {of_data[name]}; leave it out")
+    classes, of_model = of_data["num_classes"], given.get("num_classes", of_data["num_classes"])
+    if 0 < of_model < classes or (of_model and not classes):
+        raise ElitError(f"model.fields.num_classes is {of_model}, and the data have {classes} classes; leave it out")
+
+
+def _size(value: Any) -> tuple[int, ...]:
+    """Returns a size as a tuple, where one number is a square's."""
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
 def _create(config: TrainConfig, fields: dict[str, Any]) -> Any:
     try:
         return create(config.model.name, **fields)
@@ -59,3 +89,5 @@ def _create(config: TrainConfig, fields: dict[str, Any]) -> Any:
         if config.elit.group_size is not None and "group size" in str(error):
             raise ElitError(f"elit.group_size: {error}") from error
         raise
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise ElitError(f"model.fields {config.model.fields} do not give a {config.model.name} ({error})") from error

@@ -67,7 +67,7 @@ class BatchLoader:
         flow: of the model.
         data: where samples come from.
         features: of alignment, or None.
-        pinned: whether batches lie in pinned memory, from which a GPU copies them by itself.
+        device: that they are for. Batches for a GPU lie in pinned memory, from which it copies them by itself.
         process: the number of this process.
         processes: how many there are.
     """
@@ -80,12 +80,12 @@ class BatchLoader:
         flow: Flow,
         data: Data,
         features: AlignmentFeatures | None = None,
-        pinned: bool = False,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
         process: int = 0,
         processes: int = 1,
     ) -> None:
         self.config, self.model, self.levels, self.flow = config, model, levels, flow
-        self.data, self.features, self.pinned = data, features, pinned
+        self.data, self.features, self.device = data, features, device
         self.process, self.processes = process, processes
         self.batch_sizes = dict.fromkeys(levels.levels or (0,), config.batch_size)  # by level, over all processes
         if config.elit.batching == "scaled":
@@ -133,7 +133,10 @@ class BatchLoader:
         except ElitError as error:
             raise ElitError(f"{error} (in the batch of step {step + 1})") from error
         batch = StepBatch(step, levels, raw, pixels, draws, parts)
-        return map_tensors(Tensor.pin_memory, batch) if self.pinned else batch
+        if self.device.type != "cuda":
+            return batch
+        with torch.cuda.device(self.device):  # of this thread, which would take the first GPU
+            return map_tensors(Tensor.pin_memory, batch)
 
     def _levels(self, t: Tensor, level: int) -> list[int]:
         """Returns J~ of every sample: the step's, or by the sample's own noise level."""

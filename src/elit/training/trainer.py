@@ -342,9 +342,8 @@ class Trainer:
 
     def _loader(self) -> BatchLoader:
         accelerator = self.accelerator
-        pinned = accelerator.device.type == "cuda"
-        place = (accelerator.process_index, accelerator.num_processes)
-        return BatchLoader(self.config, self.model, self.levels, self.flow, self.data, self.features, pinned, *place)
+        place = (accelerator.device, accelerator.process_index, accelerator.num_processes)
+        return BatchLoader(self.config, self.model, self.levels, self.flow, self.data, self.features, *place)
 
     # -------------------------------------------------------------------------------------------- the run
 
