@@ -5,13 +5,14 @@ from pathlib import Path
 from rich.console import Console
 from tqdm import tqdm
 
+from elit.data import ClipFolder, open_pixels
 from elit.data.autoencoder import commit_of, load_autoencoder
 from elit.data.convert import REPORT, available_cpus, convert_images
 from elit.data.encode import Encoding, verify_shards
-from elit.data.folder import ImageFolder
 from elit.data.latents import INDEX, read_index
 from elit.data.remote import local_copy
 from elit.data.sources import find_images
+from elit.data.text import open_encoder
 from elit.errors import ElitError
 from elit.launch import default_device, local_world_size
 
@@ -65,13 +66,15 @@ def prepare_encode(
     batch_size: int = 32,
     workers: int | None = None,
     device: str = "auto",
+    text_encoder: str | None = None,
 ) -> None:
-    """Encode images with an autoencoder into shards of latents.
+    """Encode images or clips with an autoencoder into shards of latents, and their captions with a text encoder.
 
     A run that was killed continues at its next shard. Under accelerate launch or torchrun the processes share the work.
 
     Args:
-        source: a folder or zip of images of one square size, see elit prepare convert; or its URL.
+        source: a folder or zip of images of one square size, see elit prepare convert; or its URL. VIDEOS@8x64x96 is a
+            folder of videos as clips of 8 frames, 64 pixels high and 96 wide.
         out: the folder to write.
         autoencoder: a diffusers autoencoder: a folder or a Hub id.
         revision: branch, tag or commit of the autoencoder on the Hub.
@@ -82,17 +85,20 @@ def prepare_encode(
         workers: number of processes that read images; by default one per processor, shared by the processes of a
             launch.
         device: auto takes a GPU where there is one; or cpu, cuda, cuda:1, ...
+        text_encoder: of captions, which are then stored embedded: a text encoder of transformers (a folder or a Hub
+            id), or words. Training then needs no text encoder.
 
     Raises:
         ElitError: a wrong option or source, an image that cannot be read, or a folder that cannot be used.
     """
-    images = ImageFolder(local_copy(source))
+    images = open_pixels(source)
     encoder = load_autoencoder(autoencoder, revision=revision)
     if workers is None:
         workers = max(1, available_cpus() // local_world_size())
     encoding = Encoding(
         images, Path(out), encoder.to(default_device(device)), autoencoder, commit_of(autoencoder, revision),
         flips, dtype, shard_size, batch_size, workers,
+        None if text_encoder is None else open_encoder(text_encoder, default_device(device)), text_encoder,
     )  # fmt: skip
     waited = encoded = 0.0
     with tqdm(total=sum(len(encoding.shards[s]) for s in encoding.todo), desc="encoding", unit="image") as bar:
@@ -101,9 +107,10 @@ def prepare_encode(
             waited, encoded = waited + report.waited, encoded + report.encoded
             bar.set_postfix(waiting=f"{waited / (waited + encoded):.0%}", refresh=False)
     console = Console(soft_wrap=True, highlight=False)
-    console.print(f"{len(images):,} images in {len(encoding.shards)} shards of {out}")
+    kind = "clips" if isinstance(images, ClipFolder) else "images"
+    console.print(f"{len(images):,} {kind} in {len(encoding.shards)} shards of {out}")
     if encoding.todo:
-        console.print(f"the autoencoder ran for {encoded:.1f} s and waited {waited:.1f} s for images to be read")
+        console.print(f"the autoencoder ran for {encoded:.1f} s and waited {waited:.1f} s for {kind} to be read")
     console.print(f"next: elit train --data {out}")
 
 

@@ -40,9 +40,16 @@ def open_data(name: str, held_out: bool = False, text_encoder: str = WORDS, flip
         flips: mirror half of the images at random.
 
     Raises:
-        ElitError: there is no such data set, or it is damaged; a text encoder without captions; or flips of latents.
+        ElitError: there is no such data set, or it is damaged; a text encoder without captions, or another than stored
+            captions were embedded by; or flips of latents.
     """
     data = EMBEDDED[name](held_out) if name in EMBEDDED else _open_folder(name, held_out)
+    stored = data.text_encoder if isinstance(data, LatentShards) else None
+    if stored is not None and text_encoder not in (WORDS, stored):
+        raise ElitError(
+            f"text_encoder is {text_encoder}, and {name} holds captions that {stored} has embedded; leave text_encoder "
+            "out, or encode the captions again"
+        )
     captions: Sequence[str] | None = getattr(data, "captions", None)  # of folders, and where they are embedded
     if captions is None and text_encoder != WORDS:
         raise ElitError(f"text_encoder is {text_encoder}, and {name} has no captions")
@@ -50,7 +57,9 @@ def open_data(name: str, held_out: bool = False, text_encoder: str = WORDS, flip
     if flips and isinstance(samples, LatentData):
         raise ElitError(f"{name} holds latents, which cannot be mirrored; encode them with elit prepare encode --flips")
     samples = Flipped(samples) if flips else samples
-    return samples if captions is None else Captioned(samples, captions, open_encoder(text_encoder))
+    return (
+        samples if captions is None or stored is not None else Captioned(samples, captions, open_encoder(text_encoder))
+    )
 
 
 def _open_folder(name: str, held_out: bool) -> Data:
@@ -63,12 +72,29 @@ def _open_folder(name: str, held_out: bool) -> Data:
     if not view:
         return _open_plain(root)
     shape, _, autoencoder = view.partition("@")
-    found = CLIPS.fullmatch(shape)
-    if not found:
+    if not CLIPS.fullmatch(shape):
         return EncodedFolder(ImageFolder(root), view)
-    frames, height, width, stride = (int(number or 1) for number in found.groups())
-    clips = ClipFolder(root, frames, (height, width), stride)
+    clips = _open_clips(root, shape)
     return EncodedFolder(clips, autoencoder) if autoencoder else clips
+
+
+def open_pixels(name: str) -> ImageFolder | ClipFolder:
+    """Opens what an autoencoder can encode: a folder, zip or URL of images, or ``VIDEOS@8x64x96``.
+
+    Raises:
+        ElitError: it is neither.
+    """
+    place, _, view = (name, "", "") if Path(name).exists() else name.rpartition("@")
+    if place and CLIPS.fullmatch(view):
+        return _open_clips(local_copy(place), view)
+    return ImageFolder(local_copy(name))
+
+
+def _open_clips(root: Path, shape: str) -> ClipFolder:
+    found = CLIPS.fullmatch(shape)
+    assert found is not None
+    frames, height, width, stride = (int(number or 1) for number in found.groups())
+    return ClipFolder(root, frames, (height, width), stride)
 
 
 def _open_plain(root: Path) -> Data:
@@ -96,5 +122,6 @@ __all__ = [
     "digits8",
     "moving_digits",
     "open_data",
+    "open_pixels",
     "sample_indices",
 ]

@@ -59,6 +59,13 @@ class Captioned(StagedData):
         return finish(self.data, samples)[0], text
 
 
+def pad_prompts(prompts: Sequence[Tensor]) -> Text:
+    """Pads embedded prompts (L, D) of different lengths to the longest, with zeros."""
+    tokens = pad_sequence(list(prompts), batch_first=True)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    return Text(tokens, torch.arange(tokens.shape[1]) < lengths[:, None])
+
+
 class WordVectors:
     """Encodes each word of a prompt as one random vector, the same everywhere: the smallest encoder, for first runs.
 
@@ -73,9 +80,7 @@ class WordVectors:
         """Encodes prompts: one token per word, padded to the longest prompt; the empty prompt is a token of zeros."""
         words = [prompt.split() or [""] for prompt in prompts]
         vectors = [torch.stack([word_vector(word, self.width) for word in each]) for each in words]
-        known = torch.tensor([len(each) for each in words])
-        tokens = pad_sequence(vectors, batch_first=True)
-        return Text(tokens, torch.arange(tokens.shape[1]) < known[:, None])
+        return pad_prompts(vectors)
 
 
 @lru_cache(maxsize=100_000)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from elit.data.dataset import StagedData
 from elit.data.pixels import from_uint8
-from elit.data.sources import CAPTIONS, captions_of
+from elit.data.sources import CAPTIONS, Source, captions_of
 from elit.errors import ElitError
 
 VIDEOS = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm")
@@ -53,7 +53,7 @@ class ClipFolder(StagedData):
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         if min(frames, stride, *self.size) < 1:
             raise ElitError(f"frames, stride and size must be at least 1, not {frames}, {stride} and {size}")
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         if not folder.is_dir():
             raise ElitError(f"there is no folder {folder}")
         self.videos = _videos_in(folder)
@@ -77,6 +77,13 @@ class ClipFolder(StagedData):
         return len(self.classes)
 
     @property
+    def source(self) -> Source:
+        """The videos and what is known of them, as of images."""
+        names = [video.relative_to(self.folder).as_posix() for video in self.videos]
+        labels = self.labels.tolist() if self.classes else None
+        return Source(self.folder, names, labels, self.classes or None, self.captions)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return (3, self.frames, *self.size)
 
@@ -85,17 +92,17 @@ class ClipFolder(StagedData):
 
     def read(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
         """Reads clips as bytes (B, 3, T, H, W), several at a time, and labels (B,)."""
-        clips = self._threads.map(self.clip, [self.videos[i] for i in indices.tolist()])
-        return torch.stack(list(clips)), self.labels[indices]
+        return torch.stack(list(self._threads.map(self.item, indices.tolist()))), self.labels[indices]
 
     def finish(self, raw: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Returns clips (B, 3, T, H, W) in [-1, 1] and labels (B,)."""
         pixels, labels = raw
         return from_uint8(pixels), labels
 
-    def clip(self, video: Path) -> Tensor:
-        """Reads the clip of one video as bytes (3, T, H, W); no other frames than its own are decoded, where the format
-        allows it."""
+    def item(self, index: int) -> Tensor:
+        """Reads the clip of one video as bytes (3, T, H, W). Frames before and after it are not decoded, where the
+        format allows that."""
+        video = self.videos[index]
 
         def middle(count: int) -> range:
             needed = (self.frames - 1) * self.stride + 1

@@ -1,9 +1,10 @@
-"""Encodes images to the posteriors of their latents, in safetensors shards with an index."""
+"""Encodes images or clips to the posteriors of their latents, and captions to text, in safetensors shards with an
+index."""
 
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from elit.atomic import atomic_file, make_folder, write_json
+from elit.conditions import Text
 from elit.data.autoencoder import posterior, scaling
+from elit.data.clips import ClipFolder
 from elit.data.folder import ImageFolder
 from elit.data.latents import INDEX, read_index
 from elit.data.pixels import from_uint8
@@ -44,13 +47,15 @@ class Encoding:
     """Encodes images into a folder, one batch per turn of ``for report in encoding``.
 
     A shard holds ``mean`` and ``std`` (n, C, h, w), not scaled, and ``labels`` (n,). With flips each image is followed
-    by its mirror image. Shards appear whole; those of an earlier, killed run are kept, and as batches never span
+    by its mirror image. With a text encoder, it also holds the embedded captions: ``text_tokens`` (L, D) one after the
+    other without padding, ``text_starts`` and ``text_lengths`` (n,) to find that of each image, and ``text_empty``, the
+    empty prompt. Shards appear whole; those of an earlier, killed run are kept, and as batches never span
     shards, the bytes are the same as without the interruption. Under ``torchrun`` or ``accelerate launch`` process r
     of n makes the shards r, r + n, ...; they need not talk to each other, and whichever then sees all shards writes
     ``index.json``.
 
     Args:
-        images: what to encode.
+        images: what to encode: images or clips.
         out: the folder.
         autoencoder: of diffusers, on its device.
         name: of the autoencoder, for the index: a folder or a Hub id.
@@ -60,14 +65,17 @@ class Encoding:
         shard_size: images per shard.
         batch_size: images at a time.
         workers: processes that read images; 0 reads them in this one.
+        text_encoder: embeds the captions, see :func:`~elit.data.text.open_encoder`; None leaves them as they are.
+        text_encoder_name: for the index.
 
     Raises:
-        ElitError: a wrong option, an image that cannot be read, or a folder with shards of other settings.
+        ElitError: a wrong option, an image that cannot be read, a text encoder without captions, or a folder with
+            shards of other settings.
     """
 
     def __init__(
         self,
-        images: ImageFolder,
+        images: ImageFolder | ClipFolder,
         out: Path,
         autoencoder: Any,
         name: str,
@@ -77,6 +85,8 @@ class Encoding:
         shard_size: int = 4096,
         batch_size: int = 32,
         workers: int = 0,
+        text_encoder: Callable[[Sequence[str]], Text] | None = None,
+        text_encoder_name: str | None = None,
     ) -> None:
         if shard_size < 1 or batch_size < 1 or workers < 0:
             raise ElitError(
@@ -85,11 +95,13 @@ class Encoding:
             )
         if dtype not in DTYPES:
             raise ElitError(f"dtype is {dtype!r}; it is one of {', '.join(DTYPES)}")
-        self.images, self.out, self.autoencoder = images, out, autoencoder
+        if text_encoder is not None and images.captions is None:
+            raise ElitError(f"text_encoder is {text_encoder_name}, and {images.source.root} has no captions")
+        self.images, self.out, self.autoencoder, self.text_encoder = images, out, autoencoder, text_encoder
         self.dtype, self.workers = DTYPES[dtype], workers
         scale, shift = scaling(autoencoder)
         self.settings: dict[str, Any] = {
-            "resolution": images.shape[1],
+            "resolution": list(images.shape[1:]) if len(images.shape) > 3 else images.shape[1],
             "images": len(images),
             "source": fingerprint(images.source),
             "num_classes": images.num_classes,
@@ -103,6 +115,10 @@ class Encoding:
             "shard_size": shard_size,
             "batch_size": batch_size,
         }
+        if isinstance(images, ClipFolder):
+            self.settings["stride"] = images.stride
+        if text_encoder is not None:
+            self.settings["text_encoder"] = text_encoder_name
         self.shards = [
             range(start, min(start + shard_size, len(images))) for start in range(0, len(images), shard_size)
         ]
@@ -140,7 +156,7 @@ class Encoding:
         )
 
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes bytes (b, 3, R, R) to mean and std of each image, and of its mirror image after it."""
+        """Encodes bytes (b, 3, ..., R, R) to mean and std of each image, and of its mirror image after it."""
         pixels = pixels.to(self.autoencoder.device, non_blocking=True)
         if self.settings["flips"]:
             pixels = torch.stack((pixels, pixels.flip(-1)), dim=1).flatten(0, 1)
@@ -157,8 +173,30 @@ class Encoding:
             leftover.unlink(missing_ok=True)
         # One entry of metadata: the order of several is not defined, and the bytes shall be.
         with atomic_file(file) as temporary:
-            tensors = {"mean": mean.contiguous(), "std": std.contiguous(), "labels": labels}
+            tensors = {"mean": mean.contiguous(), "std": std.contiguous(), "labels": labels} | self._text(images)
             save_file(tensors, temporary, metadata={"elit": json.dumps(self.settings)})
+
+    def _text(self, images: range) -> dict[str, Tensor]:
+        """Embeds the captions of a shard, each different one once; nothing without a text encoder."""
+        if self.text_encoder is None or self.images.captions is None:
+            return {}
+        wanted = [self.images.captions[i] for i in images for _ in range(2 if self.settings["flips"] else 1)]
+        different = list(dict.fromkeys(wanted))
+        tokens: list[Tensor] = []
+        for start in range(0, len(different), self.settings["batch_size"]):
+            text = self.text_encoder(different[start : start + self.settings["batch_size"]])
+            tokens += [each[mask].to(self.dtype).cpu() for each, mask in zip(*text, strict=True)]
+        empty = self.text_encoder([""])
+        lengths = torch.tensor([len(each) for each in tokens])
+        starts = lengths.cumsum(0) - lengths
+        place = {caption: i for i, caption in enumerate(different)}
+        rows = torch.tensor([place[caption] for caption in wanted])
+        return {
+            "text_tokens": torch.cat(tokens),
+            "text_starts": starts[rows],
+            "text_lengths": lengths[rows],
+            "text_empty": empty.tokens[0, empty.mask[0]].to(self.dtype).cpu().contiguous(),
+        }
 
     def _write_index(self) -> None:
         files = [self._file(shard) for shard in range(len(self.shards))]
@@ -199,12 +237,12 @@ class Encoding:
 class PixelBatches(Dataset[Tensor | ElitError]):
     """Batches of images by their indices. An error is handed over: a loader would bury one that is raised."""
 
-    def __init__(self, images: ImageFolder) -> None:
+    def __init__(self, images: ImageFolder | ClipFolder) -> None:
         self.images = images
 
     def __getitem__(self, batch: range) -> Tensor | ElitError:
         try:
-            return torch.stack([self.images.image(index) for index in batch])
+            return torch.stack([self.images.item(index) for index in batch])
         except ElitError as error:
             return error
 

@@ -51,9 +51,9 @@ class ImageFolder(StagedData):
 
     def pixels(self, indices: Tensor) -> Tensor:
         """Reads images as bytes (B, 3, R, R), in several threads."""
-        return torch.stack(list(self._threads.map(self.image, indices.tolist())))
+        return torch.stack(list(self._threads.map(self.item, indices.tolist())))
 
-    def image(self, index: int) -> Tensor:
+    def item(self, index: int) -> Tensor:
         """Reads one image as bytes (3, R, R)."""
         pixels = self._read(index)
         if pixels.shape != self.shape:

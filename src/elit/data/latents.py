@@ -13,7 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from elit.conditions import Text
 from elit.data.autoencoder import load_autoencoder, posterior, scaling
+from elit.data.captions import pad_prompts
 from elit.data.clips import ClipFolder
 from elit.data.dataset import StagedData
 from elit.data.folder import READERS, ImageFolder
@@ -90,6 +92,24 @@ class LatentShards(LatentData):
                 file = self._shards.files[shard]
                 raise ElitError(f"{file} holds {len(labels[shard])} images and the index has {count}; encode it again")
         self.labels = torch.cat(labels)
+        self.text_encoder: str | None = index.get("text_encoder")
+
+    def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Any]:
+        """Returns scaled latents (B, C, h, w) and labels (B,), or the embedded captions where they are stored."""
+        latents, labels = super().batch(indices, seed)
+        return latents, labels if self.text_encoder is None else self._text(indices)
+
+    @property
+    def empty_prompt(self) -> Text | None:
+        """The empty prompt as the text encoder embeds it, where embedded captions are stored; else None."""
+        return None if self.text_encoder is None else pad_prompts([self._shards.tensor(0, "text_empty").float()])
+
+    def _text(self, indices: Tensor) -> Text:
+        tokens = []
+        for shard, row in (self._place(index) for index in indices.tolist()):
+            start, length = (int(self._shards.tensor(shard, f"text_{name}")[row]) for name in ("starts", "lengths"))
+            tokens.append(self._shards.tensor(shard, "text_tokens")[start : start + length].float())
+        return pad_prompts(tokens)
 
     def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         places = [self._place(index) for index in indices.tolist()]
