@@ -9,9 +9,9 @@ from torch import Tensor
 import elit
 from elit import ElitError, Guidance
 from elit.conditions import Text
-from elit.flow import SOLVERS, StageSchedule
+from elit.flow import PATHS, SOLVERS, StageSchedule
 from elit.models import Model
-from tests.helpers.models import inputs, of, tiny
+from tests.helpers.models import Recorder, inputs, of, tiny
 from tests.helpers.stacks import KINDS
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -178,3 +178,34 @@ def test_a_trajectory_tells_where_it_is() -> None:
     elit.advance(model, [])
     assert torch.equal(trajectory.samples(), end)
     assert torch.equal(end, elit.sample(model, [1], seeds=[3], steps=2, solver="heun"))
+
+
+@every_solver
+def test_a_trajectory_takes_another_level_from_the_next_step_on(solver: str) -> None:
+    model = tiny()
+    (trajectory,) = elit.trajectories(model, [1], seeds=[3], steps=4, solver=solver)
+    elit.advance(model, [trajectory])
+    assert trajectory.step_has_begun == (solver == "heun")
+    trajectory.set_level(1)  # in the middle of heun's first step, which keeps its own
+    while not trajectory.is_done:
+        elit.advance(model, [trajectory])
+    expected = elit.sample(model, [1], seeds=[3], steps=4, solver=solver, budget=[1.0, 0.25, 0.25, 0.25])
+    assert torch.equal(trajectory.samples(), expected)
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+@every_solver
+def test_a_preview_shows_the_data_that_the_last_velocity_points_to(solver: str, path: str) -> None:
+    """The stand-in's velocity leads from the noise to data that are 0.7 everywhere."""
+
+    def straight(x: Tensor, t: Tensor, y: Tensor, budget: Tensor) -> Tensor:
+        t, chosen = t.view(-1, 1, 1, 1), PATHS[path]
+        noise = (x - chosen.alpha(t) * 0.7) / chosen.sigma(t)
+        return chosen.d_alpha(t) * 0.7 + chosen.d_sigma(t) * noise
+
+    model = Recorder(straight)
+    (trajectory,) = elit.trajectories(model, [1], seeds=[3], steps=5, solver=solver, path=path)
+    assert torch.equal(trajectory.preview(), trajectory.samples())  # the noise
+    while not trajectory.is_done:
+        elit.advance(model, [trajectory])
+        torch.testing.assert_close(trajectory.preview(), torch.full((1, 2, 4, 4), 0.7), rtol=0, atol=1e-5)
