@@ -248,3 +248,14 @@ def test_text_may_be_of_any_length(files: Any) -> None:
     text = Text(tokens, torch.arange(9) < torch.tensor([[9], [4]]))
     found = elit.sample(loaded, text, steps=2, guidance=elit.Guidance("cfg", 2.0))
     assert worst(found, elit.sample(model, text, steps=2, guidance=elit.Guidance("cfg", 2.0))) < 1e-4
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("form", ["pt2", "aoti"])
+def test_a_file_runs_on_a_gpu(form: Any, tmp_path: Path) -> None:
+    model, file = KINDS["ELIT-DiT"](), tmp_path / "model.pt2"
+    elit.export(model.cuda() if form == "aoti" else model, file, format=form)
+    loaded, model = elit.load_exported(file, device="cuda", trust_native_code=True), model.cuda()
+    for level in (1, 4, 16):
+        x, t, y = (part.cuda() for part in inputs(model, 3))
+        assert worst(loaded(x, t, y, num_latents=level), model(x, t, y, num_latents=level)) < 1e-3  # TF32 is off

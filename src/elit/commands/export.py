@@ -7,11 +7,15 @@ from typing import Literal
 import torch
 from rich.console import Console
 
+from elit.analysis import calibrate
+from elit.analysis.calibration import STEP_COUNTS
 from elit.commands.options import DeviceOptions
 from elit.errors import ElitError
 from elit.export import Format, Metadata, Precision, export, is_exported
+from elit.export.web import export_web
 from elit.interface import listed
 from elit.launch import default_device
+from elit.models import Model
 from elit.models.files import load
 
 
@@ -21,9 +25,9 @@ class ExportOptions(DeviceOptions):
 
     Attributes:
         model: a run directory, a saved model, a published .pt file or a Hub id.
-        out: the file to write, .pt2 or .onnx.
-        format: pt2 (torch.export), onnx, or aoti: a package of machine code for this kind of processor. By default
-            what the ending of the file says.
+        out: the file to write, .pt2 or .onnx; for the format web a new folder.
+        format: pt2 (torch.export), onnx, aoti (a package of machine code for this kind of processor), or web (a static
+            folder that samples in the browser). By default what the ending of the file says.
         weights: which weights of a run to take, the moving average (ema) or the raw ones.
         levels: numbers of latents per window that the file may be used with, such as [1,4,16]; by default all that were
             trained.
@@ -38,7 +42,7 @@ class ExportOptions(DeviceOptions):
 
     model: str
     out: Path
-    format: Format | None = None
+    format: Format | Literal["web"] | None = None
     weights: Literal["ema", "raw"] = "ema"
     levels: list[int] | None = None
     batch: int | None = None
@@ -51,7 +55,7 @@ class ExportOptions(DeviceOptions):
 
 
 def export_model(options: ExportOptions) -> Metadata:
-    """Write a model as one file for other runtimes, with all of its budgets: for PyTorch, ONNX, or as machine code.
+    """Write a model as one file with all of its budgets, for PyTorch, ONNX or the browser, or as machine code.
 
     Raises:
         ElitError: a wrong option, a model that is not there, or a file that cannot be written.
@@ -63,6 +67,8 @@ def export_model(options: ExportOptions) -> Metadata:
     device = default_device(options.device if options.format == "aoti" else "cpu")
     console = Console(soft_wrap=True, highlight=False)
     model = load(options.model, weights=options.weights, device=device)
+    if options.format == "web":
+        return export_page(options, model, console)
     with console.status("tracing the model; a package is also compiled, which takes a minute or more"):
         told = export(
             model,
@@ -80,4 +86,36 @@ def export_model(options: ExportOptions) -> Metadata:
     console.print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB, {told.precision}, {levels}")
     trust = " --trust-native-code" if options.format == "aoti" else ""
     console.print(f"next: elit sample --model {options.out}{trust} --out samples.png")
+    return told
+
+
+def export_page(options: ExportOptions, model: Model, console: Console) -> Metadata:
+    """Writes the folder of a page, whose planner knows what budgets and steps cost in error."""
+    if options.guided or options.batch is not None:
+        raise ElitError("the page calls the model for one image and one term at a time; leave guided and batch out")
+    with console.status("measuring the errors of budgets and steps, and tracing the model"):
+        known = None
+        if model.levels and model.stage_shapes is None and not model.takes_text:
+            classes = list(range(model.config.num_classes)) if model.conditional else None
+            calibration = calibrate(model, classes, path=options.path)
+            known = {
+                "levels": calibration.levels,
+                "times": calibration.times,
+                "errors": calibration.tables[0].errors,
+                "step_counts": STEP_COUNTS,
+                "step_errors": calibration.step_tables[0].errors,
+            }
+        told = export_web(
+            model,
+            options.out,
+            calibration=known,
+            levels=options.levels,
+            precision=options.precision,
+            class_names=options.class_names,
+            path=options.path,
+            steps=options.steps,
+        )
+    size = (options.out / "model.onnx").stat().st_size / 1e6
+    console.print(f"{options.out}: a model of {size:.2f} MB, a page, and ONNX Runtime for the web")
+    console.print(f"next: python -m http.server 8000 -d {options.out}, and open http://localhost:8000")
     return told

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import json
 import shutil
 import subprocess
 import tarfile
@@ -53,8 +52,9 @@ def export_web(
     Args:
         model: one of images whose pixels it makes itself, with a latent interface.
         folder: a new folder.
-        calibration: levels, times, errors, step_counts and step_errors of :class:`elit.analysis.Calibration`, from
-            which the page plans for a latency; None leaves that out.
+        calibration: what lower levels and fewer steps cost in error, from which the page plans for a latency:
+            ``levels``, falling ``times``, ``errors`` (times, levels), ``step_counts`` and their ``step_errors``. None
+            leaves planning out.
         levels, precision, class_names, path, steps: see :func:`elit.export`.
 
     Raises:
@@ -113,11 +113,3 @@ def fetch_runtime() -> Path:
                 (wanted / name).write_bytes(member.read())
             (wanted / "NOTICE.txt").write_text(NOTICE)
     return folder
-
-
-def calibration_for_page(calibration: Any) -> dict[str, Any]:
-    """Returns what the page needs of a calibration: the error of lower levels and of fewer steps, unguided."""
-    wanted = ("levels", "times", "step_counts", "step_errors")
-    return json.loads(json.dumps({name: getattr(calibration, name) for name in wanted})) | {
-        "errors": calibration.tables[0].errors
-    }
