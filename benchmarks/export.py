@@ -33,7 +33,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "quickstart": (
         "ELIT-DiT-S/2",
         {"resolution": 16, "downsample": 1, "in_channels": 1, "num_classes": 10, "positions": "sincos"}
-        | {"width": 64, "depth": 6, "num_heads": 4, "head_depth": 1, "tail_depth": 1},
+        | {"width": 64, "depth": 6, "num_heads": 4, "head_depth": 1, "tail_depth": 1, "group_size": 4},
     ),
     "S/2": ("ELIT-SiT-S/2", {"resolution": 256}),
     "B/2": ("ELIT-SiT-B/2", {"resolution": 256}),

@@ -10,8 +10,10 @@ from rich.console import Console
 from elit.analysis import calibrate
 from elit.analysis.calibration import STEP_COUNTS
 from elit.commands.options import DeviceOptions
+from elit.data.autoencoder import load_autoencoder
 from elit.errors import ElitError
 from elit.export import Format, Metadata, Precision, export, is_exported
+from elit.export.decoder import export_decoder
 from elit.export.web import export_web
 from elit.interface import listed
 from elit.launch import default_device
@@ -35,6 +37,8 @@ class ExportOptions(DeviceOptions):
         precision: of the weights, fp32, fp16, bf16, or for ONNX int8. Inputs and outputs are float32.
         guided: compute both terms of guidance in one call, for runtimes that combine them themselves.
         class_names: one name for each class, kept in the file.
+        autoencoder: of a model on latents, a diffusers autoencoder (a folder or a Hub id) whose decoder is written
+            beside the file, as NAME-decoder.onnx (or .pt2).
         path: the path between noise and data that the model was trained on.
         steps: number of sampling steps that the file recommends.
         device: where an aoti package is to run: cpu or cuda. The other formats run everywhere.
@@ -49,6 +53,7 @@ class ExportOptions(DeviceOptions):
     precision: Precision = "fp32"
     guided: bool = False
     class_names: list[str] | None = None
+    autoencoder: str | None = None
     path: Literal["linear", "cosine"] = "linear"
     steps: int = 40
     device: str = "cpu"
@@ -82,6 +87,10 @@ def export_model(options: ExportOptions) -> Metadata:
             path=options.path,
             steps=options.steps,
         )
+    if options.autoencoder is not None:
+        beside = options.out.with_name(f"{options.out.stem}-decoder{options.out.suffix}")
+        export_decoder(load_autoencoder(options.autoencoder, told.input_shape[0]), beside, told.input_shape)
+        console.print(f"{beside}: {beside.stat().st_size / 1e6:.2f} MB, from latents to images in [-1, 1]")
     levels = f"{listed(told.levels)} of {told.num_latents} latents a window" if told.levels else "no levels"
     console.print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB, {told.precision}, {levels}")
     trust = " --trust-native-code" if options.format == "aoti" else ""
@@ -91,8 +100,8 @@ def export_model(options: ExportOptions) -> Metadata:
 
 def export_page(options: ExportOptions, model: Model, console: Console) -> Metadata:
     """Writes the folder of a page, whose planner knows what budgets and steps cost in error."""
-    if options.guided or options.batch is not None:
-        raise ElitError("the page calls the model for one image and one term at a time; leave guided and batch out")
+    if options.guided or options.batch is not None or options.autoencoder is not None:
+        raise ElitError("the page draws one image of one term at a time; leave guided, batch and autoencoder out")
     with console.status("measuring the errors of budgets and steps, and tracing the model"):
         known = None
         if model.levels and model.stage_shapes is None and not model.takes_text:

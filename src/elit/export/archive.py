@@ -8,7 +8,9 @@ is machine code and cannot be checked at all: it runs only where the caller says
 
 import json
 import re
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ OPERATORS = """
     """.split()  # noqa: SIM905  # as a list it takes a page
 """All that the graphs of our backbones are made of."""
 EXPRESSION = re.compile(r"'[a-z]+\d+'|[A-Za-z]+|[\d(), =*+-]")
-IN_EXPRESSIONS = {"Add", "Integer", "Mul", "Pow", "Symbol", "True", "integer", "nonnegative", "positive"}
+IN_EXPRESSIONS = {"Add", "Integer", "Mul", "Symbol", "True", "integer", "nonnegative", "positive"}
 IN_TREES = {None, "builtins.tuple", "builtins.dict", "builtins.list"}
 
 
@@ -65,31 +67,13 @@ def save_package(program: ExportedProgram, path: Path, metadata: str) -> None:
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
     with atomic_file(path) as temporary:
-        package = temporary.with_suffix(".pt2")  # its only suffix
         try:
-            aoti_compile_and_package(program, package_path=str(package))
-            with _appended(package) as archive:
-                archive.writestr(f"{_root(package)}/extra/{EXTRA}", metadata)
-            package.replace(temporary)
+            aoti_compile_and_package(program, package_path=str(temporary))
         except (InvalidCxxCompiler, CppCompileError) as error:
-            raise ElitError(f"a package needs a C++ compiler, such as g++ ({str(error).splitlines()[0]})") from error
-        finally:
-            if package != temporary:
-                package.unlink(missing_ok=True)
-
-
-def _appended(package: Path) -> Any:
-    import zipfile
-
-    return zipfile.ZipFile(package, "a", zipfile.ZIP_STORED)
-
-
-def _root(package: Path) -> str:
-    """Returns the folder in which everything of an archive lies."""
-    import zipfile
-
-    with zipfile.ZipFile(package) as archive:
-        return archive.namelist()[0].partition("/")[0]
+            raise ElitError(f"a package needs a C++ compiler, such as g++ ({_first_line(error)})") from error
+        with zipfile.ZipFile(temporary, "a") as package:
+            root = package.namelist()[0].partition("/")[0]
+            package.writestr(f"{root}/extra/{EXTRA}", metadata)
 
 
 def read_metadata(path: Path) -> tuple[str | None, bool]:
@@ -98,7 +82,7 @@ def read_metadata(path: Path) -> tuple[str | None, bool]:
     Raises:
         ElitError: it is no archive of PyTorch, or damaged.
     """
-    with _reader(path) as reader:
+    with _opened(path) as reader:
         names = reader.get_file_names()
         text = reader.read_string(f"extra/{EXTRA}") if f"extra/{EXTRA}" in names else None
         return text, any(name.startswith(NATIVE) for name in names)
@@ -154,7 +138,7 @@ def check(path: Path) -> None:
     Raises:
         ElitError: the archive holds something that our export does not write.
     """
-    with _reader(path) as reader:
+    with _opened(path) as reader:
         for name in reader.get_file_names():
             if not RECORDS.fullmatch(name):
                 raise _refused(path, f"it holds {name}")
@@ -185,7 +169,7 @@ def check_entry(path: Path, key: str, value: Any) -> None:
         raise _refused(path, "its inputs are of unknown types")
 
 
-def _entries(node: Any) -> Any:
+def _entries(node: Any) -> Iterator[tuple[str, Any]]:
     """Yields every key with its value, at any depth of JSON."""
     if isinstance(node, dict):
         yield from node.items()
@@ -200,25 +184,18 @@ def _refused(path: Path, reason: str) -> ElitError:
     return ElitError(f"{path} is not loaded: {reason}, which no file of elit export does")
 
 
-class _reader:  # noqa: N801  # a context manager, used as a function
-    """Opens an archive with PyTorch's own reader, and tells errors as those of the file."""
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Opens an archive with PyTorch's own reader, and tells every error in the block as one of the file."""
+    from torch.export.pt2_archive._package import PT2ArchiveReader
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Any:
-        from torch.export.pt2_archive._package import PT2ArchiveReader
-
-        try:
-            self.reader = PT2ArchiveReader(str(self.path))
-            return self.reader.__enter__()
-        except Exception as error:  # the reader has its own kinds
-            raise ElitError(f"{self.path} is damaged or no exported file ({_first_line(error)})") from error
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        self.reader.__exit__(kind, error, traceback)
-        if isinstance(error, Exception) and not isinstance(error, ElitError):
-            raise ElitError(f"{self.path} is damaged or no exported file ({_first_line(error)})") from error
+    try:
+        with PT2ArchiveReader(str(path)) as reader:
+            yield reader
+    except ElitError:
+        raise
+    except Exception as error:  # the reader has its own kinds
+        raise ElitError(f"{path} is damaged or no exported file ({_first_line(error)})") from error
 
 
 def _first_line(error: BaseException) -> str:

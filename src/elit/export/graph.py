@@ -201,8 +201,17 @@ def trace(model: Model, guided: bool = False, batch: int | None = None) -> Expor
     shapes = dynamic_shapes(model, inputs, batch)
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         program = torch.export.export(Graph(model, guided), (), inputs, dynamic_shapes={"inputs": shapes}, strict=False)
-    for node in program.graph.nodes:  # where our source files lie is nobody's business, and takes half a megabyte
-        node.meta = {key: value for key, value in node.meta.items() if key == "val"}
-    program.example_inputs = None  # it would be pickled
-    program._guards_code = []  # it would be evaluated; whoever runs the graph checks its inputs
+    strip(program)
     return program
+
+
+def strip(program: ExportedProgram) -> None:
+    """Takes out of a graph what a file must not hold or need not hold.
+
+    Example inputs would be pickled and conditions evaluated; where our source files lie is nobody's business, and takes
+    half a megabyte.
+    """
+    for node in program.graph.nodes:
+        node.meta = {key: value for key, value in node.meta.items() if key == "val"}
+    program.example_inputs = None
+    program._guards_code = []

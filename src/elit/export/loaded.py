@@ -12,7 +12,7 @@ from elit.errors import ElitError
 from elit.export import archive, onnx
 from elit.export.archive import Run
 from elit.export.metadata import Metadata, as_tensor, from_json
-from elit.models import MMDiT, Model, TransformerConfig
+from elit.models import MMDiT, MMDiTConfig, Model, TransformerConfig
 from elit.models.base import Levels
 from elit.models.registry import model_class_of
 from elit.models.transformer import in_order
@@ -190,7 +190,7 @@ def load_exported(
         run = onnx.load(path, device)
     else:
         run = archive.load_package(path) if native else archive.load_program(path, device)
-    kind = ExportedTextModel if model_class_of(config).takes_text.fget(None) else ExportedModel  # type: ignore[attr-defined]
+    kind = ExportedTextModel if isinstance(config, MMDiTConfig) else ExportedModel
     return kind(metadata, config, run, device).eval()
 
 
