@@ -16,6 +16,7 @@ from elit.models import registry
 from elit.models.published import save_published
 from tests.helpers.models import randomize
 from tests.helpers.small_autoencoder import save_autoencoder
+from tests.helpers.small_pipelines import sd3_pipeline
 from tests.helpers.small_text_encoder import save_text_encoder
 
 ROOT = Path(__file__).parents[1]
@@ -68,11 +69,22 @@ def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_text_encoder(Path("google/flan-t5-base"))
 
 
+@pytest.fixture(scope="module")
+def small_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small pipeline of Stable Diffusion 3."""
+    pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("pipeline")
+    sd3_pipeline(folder / "parts")[0].save_pretrained(folder / "sd3")
+    return folder / "sd3"
+
+
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page) and page.stem not in SLOW], ids=lambda page: page.stem
 )
 @pytest.mark.usefixtures("small_world")
-def test_the_python_blocks_of_a_page_run_in_order(page: Path) -> None:
+def test_the_python_blocks_of_a_page_run_in_order(page: Path, request: pytest.FixtureRequest) -> None:
+    if "StableDiffusion3Pipeline" in page.read_text():
+        Path("stabilityai/stable-diffusion-3.5-medium").symlink_to(request.getfixturevalue("small_pipeline"))
     names: dict[str, Any] = {"__name__": "docs"}
     for line, code in blocks(page):
         try:

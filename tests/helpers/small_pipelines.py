@@ -73,9 +73,11 @@ def sd3_pipeline(folder: Path) -> tuple[Any, dict[str, Any]]:
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     first, second = clip(folder / "clip", 16, True), clip(folder / "clip2", 16, True)
-    text = first | {f"{name}_2": part for name, part in second.items()} | {"text_encoder_3": None, "tokenizer_3": None}
+    third = t5(folder / "t5", 32)
+    text = first | {f"{name}_2": part for name, part in second.items()}
+    text |= {f"{name}_3": part for name, part in third.items()}
     parts = {"vae": autoencoder(), "transformer": base_of("SD3"), "scheduler": FlowMatchEulerDiscreteScheduler()}
-    return StableDiffusion3Pipeline(**text, **parts), {**PROMPT, "height": 64, "width": 64}
+    return StableDiffusion3Pipeline(**text, **parts), {**PROMPT, "height": 64, "width": 64, "max_sequence_length": 8}
 
 
 def flux_pipeline(folder: Path) -> tuple[Any, dict[str, Any]]:

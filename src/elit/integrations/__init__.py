@@ -1,12 +1,16 @@
 """What other libraries need of us: elastic versions of diffusers transformers, and how they are guided and counted.
 
-Everything here but :func:`elastify` imports diffusers when it is imported: ``pip install 'elit-diffusion[retrofit]'``.
+The modules ``elastic``, ``families``, ``guider`` and ``cost`` import diffusers: ``pip install
+'elit-diffusion[retrofit]'``.
 """
 
 from typing import Any
 
 from elit.errors import ElitError
+from elit.integrations.distillation import distillation_loss
 from elit.interface.retrofit import Start
+
+__all__ = ["KNOWN_BASES", "distillation_loss", "elastify"]
 
 KNOWN_BASES = ("qwen-image", "flux", "sd3.5", "pixart", "dit-xl", "wan")
 """Published transformers whose elastic versions are counted from their configurations, see :mod:`~.cost`."""
