@@ -44,7 +44,7 @@ from elit.flow import Guidance
 from elit.models import Model
 from elit.seeding import generator
 from elit.serving import CostTable, Engine, EngineOptions, Event, Finished, Preview, QueueFull, Request
-from elit.serving.controller import keeps
+from elit.serving.controller import is_allowed
 from elit.serving.costs import measure_costs
 from elit.serving.engine import new_job, serving_levels
 from elit.serving.job import Job, batch_seconds
@@ -90,8 +90,9 @@ class FewerSteps(Scheduler):
         options = self.options.controller
         for steps in reversed(STEP_COUNTS):
             self._set_steps(steps)
-            room = options.headroom if steps <= self.steps else options.raise_headroom
-            if keeps(self._load(jobs, now), self.level, room, options.attainment):
+            load = self._load(jobs, now)
+            load = replace(load, arrivals=load.arrivals * steps / STEP_COUNTS[-1])  # they would have as few
+            if is_allowed(load, self.level, steps > self.steps, options):
                 break
         self.steps = steps
 

@@ -1,12 +1,14 @@
 """The controller: the highest level that keeps the deadlines, within every request's bounds, and without swinging."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elit import ElitError
 from elit.serving import ControllerOptions, CostTable
-from elit.serving.controller import Load, choose_level, keeps, predicted_finishes
+from elit.serving.controller import Load, choose_level, keeps, predicted_finishes, sustains
 from elit.serving.job import Job
 
 LEVELS = (1, 2, 4)
@@ -66,6 +68,15 @@ def test_no_load_and_no_deadline_mean_the_highest_level() -> None:
     assert choose_level(load(*[job(float("inf"))] * 500), 1, LEVELS, OPTIONS) == 4
 
 
+def test_a_level_that_cannot_keep_up_with_the_arrivals_has_less_time() -> None:
+    def level(arrivals: float) -> int:
+        return choose_level(replace(load(job(6.0), job(6.0)), arrivals=arrivals), 4, LEVELS, OPTIONS)
+
+    assert sustains(replace(load(job(6.0), job(6.0)), arrivals=1.6), 4)  # two evaluations take 1.25 s
+    assert not sustains(replace(load(job(6.0), job(6.0)), arrivals=1.7), 4)
+    assert (level(1.6), level(1.7)) == (4, 2)  # 5.0 s fit into 6, and not into half of them
+
+
 def test_guidance_counts_by_its_terms() -> None:
     for kind, seconds in (("none", 1.0), ("cfg", 1.25), ("ag", (0.5 + 1.25) / 2), ("ccfg", 1.4)):
         guided = job(100.0, steps=1, weak=kind, weak_level=1)
@@ -109,7 +120,15 @@ def test_a_decision_that_is_repeated_stays(some: Load, current: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"headroom": 0.5}, {"attainment": 0.0}, {"headroom": 1.5}, {"raise_headroom": 0.0}, {"every": 0}]
+    "wrong",
+    [
+        {"headroom": 0.5},
+        {"attainment": 0.0},
+        {"headroom": 1.5},
+        {"raise_headroom": 0.0},
+        {"unsustained": 0.0},
+        {"every": 0},
+    ],
 )
 def test_wrong_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ElitError, match="raise_headroom is not above headroom"):

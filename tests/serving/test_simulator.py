@@ -107,6 +107,22 @@ def test_the_objective_survives_times_that_are_not_those_of_the_table() -> None:
     assert attainment(outcomes) >= 0.95
 
 
+def test_a_queue_that_would_only_grow_does_not_fill_all_the_time_that_there_is() -> None:
+    """Near what the floor can serve, on a machine whose speed wanders, some time is kept in reserve."""
+
+    def found(unsustained: float) -> float:
+        draws, drift = np.random.default_rng(1), [0.0]
+
+        def wandering(batch: Sequence[Job]) -> float:
+            drift[0] = 0.98 * drift[0] + 0.2 * float(draws.normal())
+            return batch_seconds(batch, COSTS) * float(np.exp(0.3 * drift[0]))
+
+        options = replace(OPTIONS, controller=ControllerOptions(unsustained=unsustained), refuse_late=True)
+        return attainment(simulate(Scheduler(COSTS, options), poisson(2.2, 60), wandering))
+
+    assert found(0.5) > found(1.0) + 0.01
+
+
 def test_budgets_go_up_again_when_the_load_falls() -> None:
     jobs = [*poisson(0.3, 10), *poisson(2.2, 20, start=10), *poisson(0.3, 20, start=30)]
     outcomes = simulate(Scheduler(COSTS, OPTIONS), jobs)

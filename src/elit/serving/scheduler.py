@@ -3,6 +3,7 @@
 The engine and the simulator run the same code, the one on a device and the other on a virtual clock.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -55,6 +56,8 @@ class Scheduler:
         self.slowdown = 1.0
         self._jobs: dict[Job, None] = {}  # in order of arrival
         self._batches_since = 0  # the last decision
+        self._memory = max(options.latency_objective or 1.0, 1.0)  # seconds after which arrivals fade
+        self._arrived, self._arrived_at = 0.0, 0.0  # evaluations that came, those of long ago faded, and when
         self._last_backlog = float("-inf"), 0.0  # when it was predicted, and the seconds
 
     def __len__(self) -> int:
@@ -73,6 +76,8 @@ class Scheduler:
         self._set_deadline(job)
         if not self._jobs:
             self._batches_since = self.options.controller.every  # after a pause, decide at once
+        decay = math.exp((self._arrived_at - job.arrival) / self._memory)
+        self._arrived, self._arrived_at = decay * self._arrived + job.remaining, job.arrival
         self._jobs[job] = None
 
     def remove(self, job: Job) -> None:
@@ -131,7 +136,8 @@ class Scheduler:
 
     def _load(self, jobs: Sequence[Job], now: float) -> Load:
         """Returns what the controller looks at."""
-        return Load(jobs, now, self.costs, self.max_work, self.slowdown)
+        decay = math.exp((self._arrived_at - now) / self._memory)
+        return Load(jobs, now, self.costs, self.max_work, self.slowdown, decay * self._arrived / self._memory)
 
     def advanced(self, batch: Sequence[Job], seconds: float) -> None:
         """Notes that a batch took its evaluation, and how long that was."""
