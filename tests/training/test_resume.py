@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,7 +118,8 @@ def test_a_deterministic_run_is_the_same_on_a_processor(tmp_path: Path, monkeypa
             during.append(torch.are_deterministic_algorithms_enabled())
             return super()._train_step(batch)
 
-    settings = {"steps": 16, "optimizer": OptimizerConfig("muon", lr=1e-3, warmup_steps=5)}
+    settings: dict[str, Any] = {"steps": 16, "optimizer": OptimizerConfig("muon", lr=1e-3, warmup_steps=5)}
+    settings |= {"precision": "bf16", "checkpoint_activations": True, "micro_batch_size": 5}
     whole, run = tmp_path / "whole", tmp_path / "run"
     Watched(config(whole, **settings)).run_to_end()
     assert during == [False] * 16

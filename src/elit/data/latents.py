@@ -60,8 +60,9 @@ class LatentData(ABC):
 
     def _noise(self, indices: Tensor, seed: int | None) -> Tensor | None:
         """Draws unit noise (B, C, h, w), for each index its own; none without a seed."""
-        keys = [(seed or 0, "posterior", index) for index in indices.tolist()]
-        return None if seed is None else normals(keys, self.shape)
+        if seed is None:
+            return None
+        return normals([(seed, "posterior", index) for index in indices.tolist()], self.shape)
 
     def _draw(self, mean: Tensor, std: Tensor, noise: Tensor | None) -> Tensor:
         """Returns scaled samples of posteriors: (B, C, h, w)."""
