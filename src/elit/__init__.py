@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 from elit.data.pil import to_pil
 from elit.errors import ElitError
-from elit.export import export, load_exported
+from elit.export import export, load_exported  # the function; `from elit.export import` has the rest
 from elit.flow import Cache, Guidance, Trajectory, advance, sample, trajectories
 from elit.integrations import elastify
 from elit.interface import BudgetByNoise

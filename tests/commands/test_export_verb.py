@@ -59,6 +59,7 @@ def test_the_decoder_is_written_beside_the_file(tmp_path: Path) -> None:
         (["sample", "--model", "{}/m.onnx", "--budget", "0.3", "--precision", "bf16"], "its precision was decided"),
         (["sample", "--model", "{}/m.onnx", "--compile"], "its compile was decided"),
         (["sample", "--model", "{}/missing.onnx"], "there is no exported file"),
+        (["analyze", "attention", "--model", "{}/m.onnx", "--data", "digits"], "samples of shape"),
         (["export", "--model", "{}/m.onnx", "--out", "{}/n.onnx"], "is an exported file already"),
         (["export", "--model", "{}/model", "--out", "{}/n.txt"], "ends in .pt2"),
         (["export", "--model", "{}/model", "--out", "{}/n.onnx", "--levels", "[3,9]"], "levels is [3, 9]"),

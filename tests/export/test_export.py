@@ -19,7 +19,7 @@ from tests.helpers.models import inputs
 from tests.helpers.stacks import KINDS, tiny
 
 FORMATS = {"pt2": "model.pt2", "onnx": "model.onnx"}
-FAST = [("ELIT-DiT", "pt2"), ("ELIT-DiT", "onnx"), ("ELIT-SiT, published", "onnx")]
+FAST = [("ELIT-DiT", "pt2"), ("ELIT-DiT", "onnx")]
 ALL = [(kind, form) for kind in KINDS for form in FORMATS]
 COMBINATIONS = [pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow, id=", ".join(pair)) for pair in ALL]
 
@@ -194,7 +194,7 @@ def test_metadata_says_what_others_need(files: Any) -> None:
 
 
 def test_a_file_is_a_model_for_measurements(files: Any) -> None:
-    from elit.analysis import measure_costs
+    from elit.analysis import attention_maps, count_flops, measure_costs
     from elit.digest import weights_digest
 
     model, file = files("ELIT-DiT", "onnx")
@@ -202,9 +202,11 @@ def test_a_file_is_a_model_for_measurements(files: Any) -> None:
     assert isinstance(loaded, ExportedModel)
     assert weights_digest(loaded) == weights_digest(elit.load_exported(file))
     costs = measure_costs(loaded, [1, 16], 2, repeats=2)
-    assert costs[0].flops < costs[1].flops == elit.analysis.count_flops(model.config).total  # type: ignore[attr-defined]
+    assert costs[0].flops < costs[1].flops == count_flops(model.config).total
     with pytest.raises(ElitError, match="the exported model takes"):
         loaded(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    with pytest.raises(ElitError, match="an exported file runs as a whole"):
+        attention_maps(loaded, torch.randn(1, 3, 16, 16), torch.tensor([1]), 0.5, torch.randn(1, 3, 16, 16))
     with pytest.raises(ElitError, match="cache skips the core"):
         elit.sample(loaded, [1], steps=2, cache=elit.Cache(0.1))
 

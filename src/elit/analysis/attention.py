@@ -13,7 +13,7 @@ from elit.conditions import Condition
 from elit.errors import ElitError
 from elit.flow import flow_matching_error, path_named, per_token
 from elit.interface import triple
-from elit.models import Model
+from elit.models import Model, Transformer
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ def attention_maps(
     """
     if model.interface is None:
         raise ElitError("attention maps need a model with a latent interface")
+    if not isinstance(model, Transformer):
+        raise ElitError("attention maps look into Read, and an exported file runs as a whole; give the model itself")
     if model.stage_shapes is not None or len(model.input_shape()) != 3:
         raise ElitError("attention maps are of images at one noise level: not of multi-scale models or video")
     captured: list[Tensor] = []

@@ -74,6 +74,9 @@ def export_model(options: ExportOptions) -> Metadata:
     model = load(options.model, weights=options.weights, device=device)
     if options.format == "web":
         return export_page(options, model, console)
+    autoencoder = None
+    if options.autoencoder is not None:
+        autoencoder = load_autoencoder(options.autoencoder, model.input_shape()[0])
     with console.status("tracing the model; a package is also compiled, which takes a minute or more"):
         told = export(
             model,
@@ -87,9 +90,9 @@ def export_model(options: ExportOptions) -> Metadata:
             path=options.path,
             steps=options.steps,
         )
-    if options.autoencoder is not None:
+    if autoencoder is not None:
         beside = options.out.with_name(f"{options.out.stem}-decoder{options.out.suffix}")
-        export_decoder(load_autoencoder(options.autoencoder, told.input_shape[0]), beside, told.input_shape)
+        export_decoder(autoencoder, beside, told.input_shape)
         console.print(f"{beside}: {beside.stat().st_size / 1e6:.2f} MB, from latents to images in [-1, 1]")
     levels = f"{listed(told.levels)} of {told.num_latents} latents a window" if told.levels else "no levels"
     console.print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB, {told.precision}, {levels}")
