@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import elit
 from elit.conditions import Text
 from elit.errors import ElitError
 from elit.export import ExportedModel
 from elit.export.graph import trace
+from elit.export.metadata import describe, from_json, to_json
 from elit.models.registry import config_for, model_class_of
 from tests.helpers.models import inputs
 from tests.helpers.stacks import KINDS, tiny
@@ -167,16 +169,24 @@ def test_the_largest_model_is_traced_without_weights() -> None:
     config = config_for("ELIT-SiT-XL/2", resolution=256)
     with torch.device("meta"):
         model = model_class_of(config)(config)
-    program = trace(model)
+    with FakeTensorMode():  # shapes of tensors that a CPU would have
+        program = trace(model_class_of(config)(config))
     weights = sum(value.numel() for value in program.state_dict.values())
     assert weights == sum(p.numel() for p in model.parameters())
-    assert all(value.device.type == "meta" for value in program.state_dict.values())
+    assert all(isinstance(value, FakeTensor) for value in program.state_dict.values())
     linear = [node for node in program.graph.nodes if str(node.target) == "aten.linear.default"]
     assert len(linear) > 28 * 5  # every block has its five, and there is nothing that was left out
     (latents,) = [p for p in program.graph.nodes if p.op == "placeholder" and "latent_index" in p.name]
     (size,) = latents.meta["val"].shape
     ranges = program.range_constraints[size.node.expr]
     assert (int(ranges.lower), int(ranges.upper)) == (1, 16)
+    told = describe(
+        model, model.levels, guided=False, batch=None, precision="fp32", path="linear", solver="euler", steps=40,
+        class_names=None,
+    )  # fmt: skip
+    assert from_json(to_json(told, config), Path("xl.pt2")) == (told, replace(config, interface=replace(
+        config.interface, levels=model.levels)))  # fmt: skip
+    assert (told.levels, told.input_shape, told.num_latents) == (tuple(range(1, 17)), (4, 32, 32), 16)
 
 
 def test_metadata_says_what_others_need(files: Any) -> None:

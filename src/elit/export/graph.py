@@ -186,7 +186,7 @@ def trace(model: Model, guided: bool = False, batch: int | None = None) -> Expor
     """Traces a model into a graph of ATen operators that serves every level.
 
     Args:
-        model: any backbone, on any device; on ``meta`` it gives the graph without weights.
+        model: any backbone; one of fake tensors (``FakeTensorMode``) gives the graph without weights.
         guided: see :class:`Graph`.
         batch: the only batch size; None is any.
 
