@@ -15,7 +15,8 @@ medians, all budgets of a row taking turns. Weights are random and bf16; on a CP
 - forward: latency of one forward, eager, with compiled layers, and with these captured in CUDA graphs;
 - sampling: `elit.sample` with 40 Euler steps, alone and with ccfg;
 - mixed: a batch of several budgets over the sum of its parts;
-- parts: the share of encode, Read, core, Write and tail in the time of a forward;
+- parts: the share of encode, Read, core, Write and tail in the time of a forward, and within them of the projections of
+  the condition in all blocks, which sampling could do in one product for all steps;
 - gaps: the share of sampling time in which the GPU has nothing to do (by PyTorch's profiler);
 - training: steps of the trainer in bf16 with compiled layers (benchmarks/train_throughput.py).
 """
@@ -217,17 +218,19 @@ class Bench:
                     encoded = model.encode(x, t, y)
                     latents = model.read(encoded, level)
                     core = model.core(encoded, level, latents=latents)
-                encode, read, blocks, write, decode = self.seconds(
+                encode, read, blocks, write, decode, conditioning = self.seconds(
                     [
                         partial(model.encode, x, t, y),
                         partial(model.read, encoded, level),
                         partial(model.core, encoded, level, latents=latents),
                         partial(model.interface.write, encoded.stream.tokens, core.latents),
                         partial(model.decode, encoded, core),
+                        lambda c=encoded.condition: [block.modulation(c, 3) for block in model.blocks],
                     ]
                 )
                 whole = encode + read + blocks + decode
                 shares = {"encode": encode, "Read": read, "core": blocks, "Write": write, "tail": decode - write}
+                shares["conditioning"] = conditioning  # of the blocks, which is part of the above
                 rows.append(
                     {
                         "model": name,
@@ -310,7 +313,7 @@ def cell(key: str, value: Any) -> str:
         return str(Fraction(value))
     if not isinstance(value, float):
         return str(value)
-    if key in ("MFU", "idle", "encode", "Read", "core", "Write", "tail"):
+    if key in ("MFU", "idle", "encode", "Read", "core", "Write", "tail", "conditioning"):
         return f"{value:.1%}"
     return f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
