@@ -11,7 +11,7 @@ several rounds in which the settings take turns.
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
@@ -32,7 +32,7 @@ from elit.evaluation import Judge, train_classifier
 ERROR_SAMPLES = 64  # on which the distance to many steps at full budget is measured
 TIMED_BATCH = 32
 FORMATS = {"distance": "{:.4f} ± {:.4f}", "Frechet": "{:.1f} ± {:.1f}", "accuracy": "{:.1%} ± {:.1%}"}
-GUIDANCE = {"no guidance": None, "cfg 2": elit.Guidance("cfg", 2.0)}
+GUIDANCE = {"none": None, "cfg": elit.Guidance("cfg", 2.0)}
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def run(
     num_samples: int = 1000,
     rounds: int = 9,
     quality: bool = True,
+    guidance: Literal["none", "cfg", "none,cfg"] = "none,cfg",
 ) -> None:
     """Print a table with and without guidance, and write all numbers.
 
@@ -92,20 +93,21 @@ def run(
         num_samples: samples of each way and seed.
         rounds: how often each way is timed.
         quality: false only measures times, for which the machine should be idle.
+        guidance: without guidance, with cfg at scale 2, or both.
     """
     net, train = elit.load(model), digits()
     judge = Judge(train_classifier(train), train)
     console, results = Console(width=130), []
-    for title, guidance in GUIDANCE.items():
+    for kind in guidance.split(","):
         compared = ways(steps)
-        settings = [{**way.arguments, "guidance": guidance} for way in compared]
+        settings = [{**way.arguments, "guidance": GUIDANCE[kind]} for way in compared]
         by_seed = [measure(net, judge, settings, seed, num_samples) for seed in range(seeds if quality else 0)]
         labels = torch.arange(TIMED_BATCH) % 10
         calls = [partial(elit.sample, net, labels, batch_size=TIMED_BATCH, **arguments) for arguments in settings]
         seconds = time_interleaved(calls, net.device, rounds, warmup=1)
         rows: list[dict[str, Any]] = [
             {
-                "guidance": title,
+                "guidance": kind,
                 "name": way.name,
                 "flops": sampling_flops(net, **arguments),
                 "ms": timed.median * 1e3 / TIMED_BATCH,
@@ -114,7 +116,7 @@ def run(
             for i, (way, arguments, timed) in enumerate(zip(compared, settings, seconds, strict=True))
         ]
         rows.sort(key=lambda row: -row["flops"])
-        console.print(as_table(title, rows))
+        console.print(as_table(f"guidance: {kind}", rows))
         results += rows
         write_json(out, {"results": results, "environment": environment()})
     console.print(f"all numbers: {out}")
