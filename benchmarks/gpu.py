@@ -225,7 +225,7 @@ class Bench:
                         partial(model.core, encoded, level, latents=latents),
                         partial(model.interface.write, encoded.stream.tokens, core.latents),
                         partial(model.decode, encoded, core),
-                        lambda c=encoded.condition: [block.modulation(c, 3) for block in model.blocks],
+                        partial(modulate_all, model, encoded.condition),
                     ]
                 )
                 whole = encode + read + blocks + decode
@@ -293,6 +293,12 @@ class Bench:
             seen = own_process.submit(measure_training, config, 256).result()
         speed = config.batch_size / seen.seconds
         return [{"run": title, "batch": config.batch_size, "images/s": speed, "MFU": seen.mfu, "GB": seen.peak_memory}]
+
+
+def modulate_all(model: Any, c: torch.Tensor) -> None:
+    """Projects the condition in all blocks."""
+    for block in model.blocks:
+        block.modulation(c, 3)
 
 
 PARTS: dict[str, Callable[[Bench], Iterator[Case]]] = {
