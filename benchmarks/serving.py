@@ -15,6 +15,10 @@ the engine serves at full budget when its queue never empties. Every policy runs
 All of them refuse a request at once that they predict to miss the objective. Attainment is the share of *offered*
 requests that were finished in time: a refused one is a miss. A model's name in place of a folder means random weights.
 
+On a machine that does other work too, `--clock processor` runs the same scheduler, controller and steps of the model on
+the simulator's clock, which a batch moves on by the processor time that it took. It leaves out the engine's thread, its
+locks and callbacks; `--clock wall` is the engine in real time.
+
 Every cell of the measurement is a file in `--out`, so that the parts can run one by one and go on where they stopped:
 `measure`, `overload` (3x for two minutes) and `report`, which also simulates every cell and judges the quality of its
 mix: that of 500 images, of the same seeds for all cells, with budgets and steps as its requests were delivered.
@@ -25,10 +29,10 @@ import resource
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,17 +44,18 @@ from elit.analysis.environment import environment
 from elit.atomic import write_json
 from elit.data import digits
 from elit.evaluation import Judge, train_classifier
-from elit.flow import Guidance
+from elit.flow import Guidance, Trajectory
 from elit.models import Model
 from elit.seeding import generator
 from elit.serving import CostTable, Engine, EngineOptions, Event, Finished, Preview, QueueFull, Request
 from elit.serving.controller import is_allowed
 from elit.serving.costs import measure_costs
-from elit.serving.engine import new_job, serving_levels
+from elit.serving.engine import are_finite, new_job, serving_levels
 from elit.serving.job import Job, batch_seconds
 from elit.serving.scheduler import Scheduler, SchedulerOptions
 from elit.serving.simulator import simulate
 
+Clock = Literal["wall", "processor"]
 STEP_COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
 SATURATING = 100  # requests that are submitted at once to measure the capacity
 QUALITY_SAMPLES = 500
@@ -172,16 +177,16 @@ class Setup:
         return EngineOptions(self.objective, refuse_late=True, max_work=policy.max_work)
 
 
-def prepare(model: Model, steps: int, guidance: Guidance | None, objective: float | None, folder: Path) -> Setup:
+def prepare(
+    model: Model, steps: int, guidance: Guidance | None, objective: float | None, folder: Path, clock: Clock
+) -> Setup:
     """Measures costs and capacity, or reads what was measured before."""
     file = folder / "costs.json"
     if not file.exists():
-        costs = measure_costs(model)
+        costs = measure_costs(model, clock=time.perf_counter if clock == "wall" else time.process_time)
         blank = Setup(model, steps, guidance, costs, 1e6, 0.0, 1.0)
-        measured = drain_seconds(blank)
-        virtual = Scheduler(costs, SchedulerOptions(model.levels[-1:], costs.saturating_work()))
-        jobs = [new_job(blank.request(POLICIES["fixed full"], i), model, 0.0) for i in range(SATURATING)]
-        predicted = max(outcome.latency for outcome in simulate(virtual, jobs))
+        measured = drain_seconds(blank, clock)
+        predicted = max(row["latency"] for row in simulated(blank, Policy(), [0.0] * SATURATING, slack=True))
         batch = steps * costs.forward({model.levels[-1]: costs.saturating_work()}) * measured / predicted
         write_json(
             file,
@@ -199,8 +204,10 @@ def prepare(model: Model, steps: int, guidance: Guidance | None, objective: floa
     return Setup(model, steps, guidance, costs, found["objective"], found["capacity"], found["slowdown"])
 
 
-def drain_seconds(setup: Setup) -> float:
+def drain_seconds(setup: Setup, clock: Clock) -> float:
     """Measures how long many requests at full budget take that come at once."""
+    if clock == "processor":
+        return max(row["latency"] for row in in_processor_time(setup, Policy(), [0.0] * SATURATING, slack=True))
     engine = Engine(setup.model, replace(setup.options(Policy()), latency_objective=None), setup.costs).start()
     engine.wait_until_ready()
     begun = time.perf_counter()
@@ -245,25 +252,58 @@ def measure(setup: Setup, policy: Policy, times: Sequence[float]) -> list[dict[s
     return rows
 
 
-def simulated(setup: Setup, policy: Policy, times: Sequence[float]) -> list[dict[str, Any]]:
-    """Does as :func:`measure` on a virtual clock."""
+def on_virtual_clock(
+    setup: Setup, policy: Policy, times: Sequence[float], seconds: Callable[[Sequence[Job]], float], slack: bool = False
+) -> list[dict[str, Any]]:
+    """Serves a load with the policy's scheduler on the simulator's clock; ``seconds`` says what a batch takes.
+
+    Args:
+        slack: without objective, to measure the capacity.
+    """
     options = SchedulerOptions(
         serving_levels(setup.model, None),
         policy.max_work or setup.costs.saturating_work(),
-        setup.objective,
-        refuse_late=True,
+        None if slack else setup.objective,
+        refuse_late=not slack,
     )
     jobs = [
         replace_arrival(new_job(setup.request(policy, index), setup.model, 0.0), at) for index, at in enumerate(times)
     ]
-    scheduler = policy.scheduler(setup.costs, options)
-    outcomes = simulate(scheduler, jobs, lambda batch: setup.slowdown * batch_seconds(batch, setup.costs))
     return [
         {"arrival": each.job.arrival, "latency": None}
         if each.finish is None
         else {"arrival": each.job.arrival, "latency": each.latency, "levels": each.job.delivered}
-        for each in outcomes
+        for each in simulate(policy.scheduler(setup.costs, options), jobs, seconds)
     ]
+
+
+def simulated(setup: Setup, policy: Policy, times: Sequence[float], slack: bool = False) -> list[dict[str, Any]]:
+    """Does as :func:`measure`, with the seconds that the costs predict."""
+    return on_virtual_clock(
+        setup, policy, times, lambda batch: setup.slowdown * batch_seconds(batch, setup.costs), slack
+    )
+
+
+def in_processor_time(
+    setup: Setup, policy: Policy, times: Sequence[float], slack: bool = False
+) -> list[dict[str, Any]]:
+    """Does as :func:`measure`, but on a clock that runs while the steps are computed: other work does not count."""
+    flight: dict[Job, Trajectory] = {}
+
+    def seconds(batch: Sequence[Job]) -> float:
+        begun = time.process_time()
+        for job in batch:
+            if job not in flight:
+                request = setup.request(policy, len(flight))
+                told: dict[str, Any] = {"seeds": [request.seed], "steps": job.steps, "guidance": request.guidance}
+                (flight[job],) = elit.trajectories(setup.model, request.labels(), **told)
+            if flight[job].levels[job.step][0] != job.level:
+                flight[job].set_level(job.level)
+        elit.advance(setup.model, [flight[job] for job in batch])
+        assert all(are_finite([flight[job] for job in batch]))
+        return time.process_time() - begun
+
+    return on_virtual_clock(setup, policy, times, seconds, slack)
 
 
 def replace_arrival(job: Job, arrival: float) -> Job:
@@ -349,8 +389,11 @@ class Cell:
         return f"{self.pattern}, {self.policy}, {self.load:g}"
 
 
-def run_cells(setup: Setup, cells: Sequence[Cell], seconds: float, folder: Path, seed: int, until: float) -> None:
+def run_cells(
+    setup: Setup, cells: Sequence[Cell], seconds: float, folder: Path, seed: int, until: float, clock: Clock
+) -> None:
     """Measures the cells that are not there yet, as long as there is time."""
+    serve = measure if clock == "wall" else in_processor_time
     for cell in cells:
         file = folder / f"{cell.name}.json"
         if file.exists():
@@ -359,7 +402,7 @@ def run_cells(setup: Setup, cells: Sequence[Cell], seconds: float, folder: Path,
             console.print("out of time; call again to go on")
             return
         times = arrival_times(cell.pattern, cell.load * setup.capacity, seconds, seed)
-        rows = measure(setup, POLICIES[cell.policy], times)
+        rows = serve(setup, POLICIES[cell.policy], times)
         write_json(file, {"seconds": seconds, "rows": rows, "environment": environment()}, indent=None)
         console.print(
             cell.name, {key: round(value, 3) for key, value in summary(rows, setup, seconds).items() if value}
@@ -404,7 +447,7 @@ def report(setup: Setup, cells: Sequence[Cell], folder: Path, seed: int, judged:
                 **asdict(cell),
                 **summary(found["rows"], setup, found["seconds"]),
                 "simulated": {key: virtual[key] for key in ("attainment", "p95", "budget", "steps")},
-                "lag": max((row["lag"] for row in found["rows"]), default=0.0),
+                "lag": max((row.get("lag", 0.0) for row in found["rows"]), default=0.0),
                 **(meter(found["rows"]) if judged and any(r["latency"] for r in found["rows"]) else {}),
             }
         )
@@ -482,6 +525,7 @@ def benchmark(
     seconds: float = 9.0,
     minutes: float = 1e9,
     seed: int = 0,
+    clock: Clock = "wall",
     out: Path = Path("runs/serving"),
     figure: Path | None = None,
 ) -> None:
@@ -499,14 +543,15 @@ def benchmark(
         seconds: of one cell.
         minutes: no cell begins that would end later; call again to go on.
         seed: of the arrivals.
-        out: the folder of all cells.
+        clock: wall, the engine in real time; or processor, see above.
+        out: the folder of all cells, one for each model and clock.
         figure: where to draw the figure, without its ending.
     """
     until = time.monotonic() + 60 * minutes
     net, is_digits = load_model(model)
     guidance = Guidance("cfg", guidance_scale) if is_digits and guidance_scale != 1 else None
     out.mkdir(parents=True, exist_ok=True)
-    setup = prepare(net, steps, guidance, objective, out)
+    setup = prepare(net, steps, guidance, objective, out, clock)
     console.print(
         f"{environment()}\nobjective {setup.objective:.3f} s, capacity at full budget {setup.capacity:.2f} images/s, "
         f"batches take {setup.slowdown:.2f} of what the table says, and hold {setup.costs.saturating_work():g} rows"
@@ -518,7 +563,7 @@ def benchmark(
         for policy in policies.split(",")
     ]
     if "measure" in parts:
-        run_cells(setup, cells, seconds, out, seed, until)
+        run_cells(setup, cells, seconds, out, seed, until, clock)
     if "overload" in parts:
         run_overload(setup, out, seed)
     if "report" in parts:

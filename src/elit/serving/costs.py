@@ -2,7 +2,7 @@
 
 import time
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -95,13 +95,19 @@ class CostTable:
         return (1 - share) * seconds[at - 1] + share * seconds[at]
 
 
-def measure_costs(model: Model, path: str = "linear", most_rows: float | None = None) -> CostTable:
+def measure_costs(
+    model: Model,
+    path: str = "linear",
+    most_rows: float | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> CostTable:
     """Measures a model on its device: steps of trajectories, as an engine takes them, at some levels and batch sizes.
 
     Batch sizes double until they no longer gain throughput at the highest level, take long or do not fit into memory.
 
     Args:
         most_rows: the most rows in a batch that are of interest; None is 64.
+        clock: tells the seconds.
     """
     levels = choose_levels(model.levels, MEASURED_LEVELS) or (0,)
     sizes: list[int] = []
@@ -111,7 +117,7 @@ def measure_costs(model: Model, path: str = "linear", most_rows: float | None = 
         if sizes and most_rows is not None and size >= 2 * most_rows:
             break
         try:
-            columns.append(_time_steps(model, path, [[level] * size for level in levels]))
+            columns.append(_time_steps(model, path, [[level] * size for level in levels], clock))
         except (RuntimeError, MemoryError) as error:
             if not sizes or not is_out_of_memory(error):
                 raise
@@ -127,12 +133,12 @@ def measure_costs(model: Model, path: str = "linear", most_rows: float | None = 
     if len(levels) == 1 or sizes[-1] == 1:
         return table
     half = sizes[-1] // 2
-    (mixed,) = _time_steps(model, path, [[levels[0]] * half + [levels[-1]] * half])
+    (mixed,) = _time_steps(model, path, [[levels[0]] * half + [levels[-1]] * half], clock)
     mixing = max(0.0, mixed - table.forward({levels[0]: half, levels[-1]: half}))
     return replace(table, mixing=mixing)
 
 
-def _time_steps(model: Model, path: str, batches: Sequence[Sequence[int]]) -> list[float]:
+def _time_steps(model: Model, path: str, batches: Sequence[Sequence[int]], clock: Callable[[], float]) -> list[float]:
     """Times one step of each of several batches, which the levels of their rows describe: the least of rounds in turns.
 
     Other work on the machine only ever adds to a time; how much it adds at present, the scheduler watches itself.
@@ -147,10 +153,10 @@ def _time_steps(model: Model, path: str, batches: Sequence[Sequence[int]]) -> li
                 if level:
                     trajectory.set_level(level)
             synchronize(model.device)
-            start = time.perf_counter()
+            start = clock()
             advance(model, flight)
             torch.cat([trajectory.x for trajectory in flight]).isfinite().all().item()
-            seconds += [time.perf_counter() - start] * (turn > 0)  # the first warms up
+            seconds += [clock() - start] * (turn > 0)  # the first warms up
     return [min(seconds) for seconds in stamps]
 
 

@@ -50,7 +50,8 @@ class EngineOptions:
             leaves every image at the highest budget.
         min_budget: the floor below which the controller never goes; None is the lowest that was trained.
         queue_limit: how many requests may wait for their first step; more are refused with :class:`QueueFull`.
-        refuse_late: whether to refuse a request, likewise, that is predicted to miss its objective even at the floor.
+        refuse_late: whether to refuse a request, likewise, that is predicted to come too close to its objective even at
+            the floor.
         max_work: the most work in one batch, in units of one full-budget evaluation of one image; None is the smallest
             batch of nearly the best throughput, as :meth:`Engine.warm_up` measures it.
         controller: how the budget follows the load, see :class:`ControllerOptions`.
@@ -216,6 +217,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._is_warm = self._is_closing = self._is_dead = False
         self._step_began: float | None = None
+        self._step_ended = 0.0
         self._step_seconds: float | None = None
         self._delivered: Counter[float] = Counter()
         self._counts: Counter[str] = Counter()
@@ -400,11 +402,13 @@ class Engine:
     def _next_batch(self) -> list[Ticket]:
         """Waits for requests and returns those of the next batch; none when the engine is closed and empty."""
         with self._changed:
+            is_busy = len(self._scheduler) > 0
             self._changed.wait_for(lambda: len(self._scheduler) > 0 or self._is_closing)
             if not len(self._scheduler):
                 return []
-            self._step_began = time.monotonic()
-            return [self._tickets[job] for job in self._scheduler.next_batch(self._step_began)]
+            now = time.monotonic()
+            self._step_began = (self._step_ended or now) if is_busy else now  # what lies between steps counts as well
+            return [self._tickets[job] for job in self._scheduler.next_batch(now)]
 
     def _step(self, batch: Sequence[Ticket]) -> None:
         """Advances a batch by one evaluation and sends what there is to say of it."""
@@ -416,7 +420,7 @@ class Engine:
         budgets = [self._budget(ticket.job.level) for ticket in advanced]
         with self._changed:
             assert self._step_began is not None
-            seconds, self._step_began = now - self._step_began, None
+            seconds, self._step_began, self._step_ended = now - self._step_began, None, now
             if not advanced:
                 return
             self._step_seconds = seconds

@@ -25,7 +25,8 @@ class SchedulerOptions:
         max_work: the most work in a batch, in rows at the highest level.
         latency_objective: seconds from arrival to the end; None for no objective, and always the highest level.
         queue_limit: how many jobs may wait for their first step.
-        refuse_late: whether to refuse a job that is predicted to miss its deadline even at the lowest levels.
+        refuse_late: whether to refuse a job that is predicted to need more than the controller's headroom even at the
+            lowest levels.
         controller: see :class:`~elit.serving.controller.ControllerOptions`.
     """
 
@@ -154,7 +155,8 @@ class Scheduler:
             return self._backlog(now)
         if not self.options.refuse_late or job.is_too_long:
             return None
-        late = self._predicted_finish(job, now) - job.deadline
+        due = job.arrival + self.options.controller.headroom * (job.deadline - job.arrival)
+        late = self._predicted_finish(job, now) - due
         return late if late > 0 else None
 
     def _backlog(self, now: float) -> float:
