@@ -9,7 +9,7 @@ import pytest
 import elit
 
 SOURCE = Path(elit.__file__).parent
-BASE = {"errors", "atomic", "tensors", "decode", "seeding", "digest", "launch", "conditions", "layers"}
+BASE = {"errors", "atomic", "tensors", "decode", "seeding", "digest", "launch", "conditions", "layers", "threads"}
 """Small modules that everything may use; among themselves as far as no circle arises."""
 BESIDE_FLOW = {"interface", "models", "flow", "data"}
 ALLOWED = {

@@ -4,6 +4,8 @@ Each image is a function of its index alone. Indices are drawn in pieces of ``ba
 [c * B, (c + 1) * B), always whole, even where fewer are wanted. So an image always meets the same kernels at the same
 place of the same batch, and its bytes do not depend on who draws it, when, or after which interruption. The batch size
 is therefore one of the settings of a folder.
+
+Threads compress and write the images of a piece while the next piece is drawn.
 """
 
 import io
@@ -12,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -22,16 +24,34 @@ from tqdm import tqdm
 
 from elit.atomic import atomic_file, write_json
 from elit.commands.processes import Process
-from elit.data.pixels import to_uint8
+from elit.data.pixels import round_to_uint8, start_copy
 from elit.errors import ElitError
 from elit.launch import file_lock
 from elit.seeding import derive_seed
+from elit.threads import map_ahead
 
 Labels = Literal["balanced", "random"] | list[int]
 Format = Literal["png", "npz", "both"]
 SETTINGS_FILE, ARCHIVE_FILE, LOCK_FILE = "settings.json", "samples.npz", ".lock"
 COUNT = "num_images"  # the one setting that may change: a folder can be extended
+WRITERS = 4  # threads that compress images while the next ones are drawn
 LISTS = ("labels", "prompts")  # these may grow with it
+
+
+class Drawn(NamedTuple):
+    """An image that is drawn and not written yet.
+
+    Attributes:
+        path: where it belongs.
+        pixels: waits for the bytes (B, H, W, C) of the images that were drawn with it.
+        place: which of them it is.
+        about: what is written into the file beside the image.
+    """
+
+    path: Path
+    pixels: Callable[[], Tensor]
+    place: int
+    about: dict[str, Any]
 
 
 def label_of(index: int, labels: Labels, num_classes: int, seed: int) -> int:
@@ -104,23 +124,27 @@ def draw_folder(
     count, size = settings["num_images"], settings["batch_size"]
     if kind == "npz" and _archived(folder) >= count:
         return _finish(folder, count, labels_of, kind)
-    own = [piece for piece in range(-(-count // size)) if process.owns(piece)]
     there = present(folder)
-    todo = [p for p in own if any(i not in there for i in range(p * size, min((p + 1) * size, count)))]
+    own = [index for index in range(count) if process.owns(index // size)]
+    missing = {index for index in own if index not in there}
     described = {k: v for k, v in settings.items() if k not in (COUNT, *LISTS)}
     prompts = settings.get("prompts")
-    title = "sampling" if process.total == 1 else f"sampling, process {process.rank + 1} of {process.total}"
-    with tqdm(total=len(own) * size, desc=title, unit="image", dynamic_ncols=True, disable=process.rank != 0) as bar:
-        bar.initial = bar.n = (len(own) - len(todo)) * size  # the time left counts from here
-        for piece in todo:
+
+    def drawn() -> Iterator[Drawn]:
+        for piece in sorted({index // size for index in missing}):
             indices = range(piece * size, (piece + 1) * size)
-            pixels, classes = to_uint8(draw(indices)).numpy(), labels_of(indices)
-            for at, index in enumerate(indices):
-                if index < count and index not in there:
-                    about = {**described, "index": index, "label": classes[at] if classes else None}
+            pixels, classes = start_copy(round_to_uint8(draw(indices))), labels_of(indices)
+            for place, index in enumerate(indices):
+                if index in missing:
+                    about = {**described, "index": index, "label": classes[place] if classes else None}
                     about |= {"prompt": prompts[index % len(prompts)]} if prompts else {}
-                    _write_png(folder / _name(index), pixels[at], about)
-            bar.update(size)
+                    yield Drawn(folder / _name(index), pixels, place, about)
+
+    title = "sampling" if process.total == 1 else f"sampling, process {process.rank + 1} of {process.total}"
+    with tqdm(total=len(own), desc=title, unit="image", dynamic_ncols=True, disable=process.rank != 0) as bar:
+        bar.initial = bar.n = len(own) - len(missing)  # the time left counts from here
+        for _ in map_ahead(_write_png, drawn(), WRITERS, ahead=2 * size):
+            bar.update()
     return present(folder).issuperset(range(count)) and _finish(folder, count, labels_of, kind)
 
 
@@ -133,11 +157,11 @@ def _name(index: int) -> str:
     return f"{index:06d}.png"
 
 
-def _write_png(path: Path, pixels: np.ndarray, about: dict[str, Any]) -> None:
-    record, buffer = PngInfo(), io.BytesIO()
-    record.add_text("elit", json.dumps(about, default=str))
+def _write_png(image: Drawn) -> None:
+    pixels, record, buffer = image.pixels()[image.place].numpy(), PngInfo(), io.BytesIO()
+    record.add_text("elit", json.dumps(image.about, default=str))
     Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG", pnginfo=record)
-    with atomic_file(path, sync=False) as temporary:
+    with atomic_file(image.path, sync=False) as temporary:
         temporary.write_bytes(buffer.getvalue())
 
 
