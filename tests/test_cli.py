@@ -157,6 +157,33 @@ def test_a_configuration_imports_nothing(option: str, tmp_path: Path, monkeypatc
     assert not (tmp_path / "marker").exists()
 
 
+@pytest.mark.parametrize("content", ["model: {class_path: payload.X}", "elit: {class_path: payload.X}"])
+def test_a_configuration_file_imports_nothing(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "payload.py").write_text("open('marker', 'w')")
+    (tmp_path / "config.yaml").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main(["train", "--config", "config.yaml", "--out", "run"]) == 2
+    expected = "elit: a configuration cannot name classes: Importing 'payload.X' is not allowed"
+    assert capsys.readouterr().err.strip() == expected
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_configuration_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_bytes(bytes(range(256)))
+    assert cli.main(["sample", "--config", str(tmp_path / "config.yaml"), "--model", "x"]) == 2
+    assert capsys.readouterr().err.startswith("elit: the file of --config is no text ('utf-8' codec")
+
+
+def test_help_imports_no_verb() -> None:
+    code = "import sys, elit.cli\ntry: elit.cli.main(['--help'])\nfinally: print(*sys.modules, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "elit.cli" in done.stdout.split()
+    assert "elit.commands" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

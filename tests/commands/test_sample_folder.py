@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -109,6 +110,62 @@ def test_a_share_that_died_is_finished_by_another_number_of_processes(
     assert b"images in" not in alone.stdout  # not complete
     assert main(command(model, out)[3:]) == 0
     assert contents(out) == whole
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A command whose images are larger than its settings."""
+    net = create("ELIT-DiT-S/8", input_size=32, in_channels=3, num_classes=3, width=32, num_heads=2, depth=3,
+                 head_depth=1, tail_depth=1, group_size=2)  # fmt: skip
+    folder = tmp_path_factory.mktemp("large") / "model"
+    randomize(net).save_pretrained(folder)  # type: ignore[operator]
+    return [
+        sys.executable,
+        "-m",
+        "elit",
+        "sample",
+        "--model",
+        str(folder),
+        "--steps",
+        "2",
+        "--batch-size",
+        "8",
+        "--out",
+    ]
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(large: list[str], tmp_path: Path) -> None:
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # bytes of a file
+
+    out = tmp_path / "samples"
+    done = subprocess.run([*large, out, "--num-images", "40"], preexec_fn=small_disk, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1] == f"elit: cannot write {out}/000000.png: File too large"
+    assert "Traceback" not in done.stderr
+    assert contents(out).keys() == {"settings.json"}
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "ended")]
+)
+def test_a_signal_ends_it_cleanly(sent: signal.Signals, code: int, word: str, large: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "samples"
+    process = subprocess.Popen([*large, out, "--num-images", "5000"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("??????.png"))) < 10 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(sent)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert told.splitlines()[-1] == f"elit: {word}"
+    assert "Traceback" not in told
+    written = contents(out)
+    assert 10 <= len(written) < 5000
+    assert not [name for name in written if name.startswith(".")]
+    for name in written.keys() - {"settings.json"}:
+        with Image.open(out / name) as image:
+            image.load()
 
 
 def test_images_do_not_depend_on_how_many_there_are(model: Path, tmp_path: Path) -> None:

@@ -112,7 +112,12 @@ def test_less_than_one_latent_means_one() -> None:
         (1 / 16, (4, 16), False, r"budget 0.0625 means 1 of 16 latents, .* trained with 4 and 16: take at least 0.25"),
         (0.24, (4, 8, 16), True, r"means 3 of 16 latents, .* trained with 4, 8 and 16: take at least 0.25"),
         (0.1, range(4, 17), False, r"means 1.6 of 16 latents, .* trained with 4 to 16: take at least 0.25"),
-        (0.5, (16,), False, r"means 8 of 16 latents, .* trained with 16: take at least 1, or load .* untrained_levels"),
+        (
+            0.5,
+            (16,),
+            False,
+            r"means 8 of 16 latents, .* trained with 16: take at least 1, or allow others with --untrained-levels",
+        ),
     ],
 )
 def test_a_budget_below_the_lowest_level_is_refused_with_what_was_trained(

@@ -108,11 +108,14 @@ class GuidanceOptions:
         """Returns the guidance, or None without any.
 
         Raises:
-            ElitError: a weak budget without guidance, or see :class:`Guidance`.
+            ElitError: a weak budget or an interval without guidance, or see :class:`Guidance`.
         """
         kind = self.guidance or ("none" if self.guidance_scale is None else "cfg")
-        if self.guidance is None and kind == "none" and self.guidance_budget is not None:
-            raise ElitError("guidance_budget is given without guidance; add --guidance ccfg or ag")
+        if self.guidance is None and kind == "none":
+            if self.guidance_budget is not None:
+                raise ElitError("guidance_budget is given without guidance; add --guidance ccfg or ag")
+            if self.guidance_interval != GuidanceOptions.guidance_interval:
+                raise ElitError("guidance_interval is given without guidance; add --guidance cfg, ccfg or ag")
         if kind == "none":
             return None
         scale = self.default_scale if self.guidance_scale is None else self.guidance_scale
@@ -149,6 +152,8 @@ class SamplerOptions(GuidanceOptions):
         Raises:
             ElitError: an option that cannot be understood.
         """
+        if self.cache_order and self.cache_threshold is None:
+            raise ElitError("cache_order is given without a cache; add --cache-threshold")
         return {
             "steps": parse_steps(self.steps, self.stage_thresholds),
             "solver": self.solver,

@@ -20,7 +20,9 @@ from elit.models import Effect, Model, Transformer
 
 @dataclass(frozen=True)
 class Cache:
-    """When a sampler skips the core of an elastic model, and what it takes in its place.
+    """Lets a sampler skip the core of an elastic model at steps where little has changed since the core last ran.
+
+    At such a step head, Read, Write and tail run as always, and the core's last effect on the latents takes its place.
 
     Attributes:
         threshold: the core runs again when the relative changes of the time embedding since it ran add up to this; 0

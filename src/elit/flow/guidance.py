@@ -15,6 +15,9 @@ from elit.models.base import Model
 class Guidance:
     """Says how sampling is guided: ``v_weak + scale * (v_cond - v_weak)``.
 
+    ``v_cond`` is the velocity that the model predicts for the class at the budget of the samples, and ``v_weak`` that
+    of a weaker prediction, from which guidance leads away.
+
     Attributes:
         kind: what the weak term is. ``cfg`` drops the class and keeps the budget (Ho & Salimans 2022). ``ag`` keeps the
             class and lowers the budget (autoguidance, Karras et al. 2024). ``ccfg`` drops the class and lowers the
@@ -22,6 +25,7 @@ class Guidance:
         scale: w; 1 is no guidance, and with a scale between 0 and 1 the velocity lies between the weak and the strong
             one.
         budget: the budget of the weak term of ``ag`` and ``ccfg``; None is the lowest that the model was trained for.
+            Where the samples have this budget too, ``ag`` changes nothing, and ``ccfg`` is ``cfg``.
         interval: the times (low, high) between which guidance is on, ends included (Kynkaanniemi et al. 2024).
 
     Raises:

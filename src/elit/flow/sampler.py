@@ -79,7 +79,7 @@ def sample(
         solver: ``euler``, ``heun`` (two evaluations per step) or ``sde`` (Euler-Maruyama).
         budget: fraction of the latents to use, in (0, 1]; a list with one per step; a function of the noise level (for
             a multi-scale model the mean over its elements); a tensor with one per sample, (B,), or one per sample and
-            step, (B, steps). None is the most that was trained.
+            step, (B, steps). None is the most that was trained, and so is a budget above it.
         guidance: a :class:`Guidance` for all samples, or a list with one (or None) per sample; None is no guidance.
         path: ``linear`` or ``cosine``, as in training.
         cache: when to skip the core and use its earlier effect again, see :class:`Cache`; None runs it at every step.
@@ -136,7 +136,11 @@ def trajectories(
     It computes nothing yet. Trajectories may be advanced together with others, which may have begun earlier.
 
     Args:
-        model, labels, seeds, noise, steps, solver, budget, guidance, path: as for :func:`sample`.
+        model, labels, seeds, noise, steps, solver, budget, guidance, path, cache: as for :func:`sample`.
+
+    Returns:
+        One :class:`Trajectory` per sample, in their order. When :func:`~elit.flow.advance` has brought one to its end,
+        ``trajectory.is_done`` is True, and ``trajectory.samples()`` is its sample, (1, C, H, W).
 
     Raises:
         ElitError: as for :func:`sample`.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from elit.conditions import Condition, cat_conditions, select_condition
+from elit.errors import ElitError
 from elit.flow.caching import Cache, EffectMemory
 from elit.flow.guidance import Guidance
 from elit.flow.matching import Flow, FlowMatching
@@ -66,7 +67,11 @@ class Evaluation(NamedTuple):
 
 
 class Trajectory:
-    """Some samples on their way from noise to data, which take the same number of steps.
+    """Holds some samples on their way from noise to data, which take the same number of steps.
+
+    Its solver says in ``wanted`` which velocity it needs next. :func:`advance` computes it and hands it over with
+    :meth:`answer`. When ``is_done``, :meth:`samples` returns the result. :func:`elit.trajectories` makes trajectories
+    from what :func:`elit.sample` takes.
 
     Args:
         flow: see :func:`flow_of`.
@@ -188,7 +193,18 @@ class Trajectory:
 
 
 def advance(model: Model, trajectories: Sequence[Trajectory]) -> None:
-    """Does the next evaluation of every trajectory that is not done, all of them in one batch."""
+    """Computes the next velocity that each trajectory waits for, all of them in one batch, and hands it over.
+
+    A step of ``euler`` and ``sde`` is one evaluation, and one of ``heun`` two. Trajectories that are done are left out.
+
+    Args:
+        trajectories: of this model, each named once. They may be at different steps.
+
+    Raises:
+        ElitError: one is named twice.
+    """
+    if len({id(trajectory) for trajectory in trajectories}) < len(trajectories):
+        raise ElitError("a trajectory is named twice; each can take one step at a time")
     waiting = [trajectory for trajectory in trajectories if not trajectory.is_done]
     wanted = [trajectory.wanted for trajectory in waiting if trajectory.wanted is not None]
     if not wanted:

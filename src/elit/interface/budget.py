@@ -32,7 +32,8 @@ def to_level(budget: float, levels: Sequence[int], num_latents: int, round_down:
     """Turns a budget into the nearest of a model's levels: into the larger of two that are equally near.
 
     With J = 16 and the levels 1, ..., 16, a budget of 0.3 means 4.8 latents and becomes the level 5. A budget of less
-    than one latent means one latent. ``to_level(k / J, ...)`` is k for every level k.
+    than one latent means one latent, and one above the highest level means that level. ``to_level(k / J, ...)`` is k
+    for every level k.
 
     Args:
         levels: the trained numbers of latents, ascending.
@@ -47,7 +48,8 @@ def to_level(budget: float, levels: Sequence[int], num_latents: int, round_down:
     if math.floor(wanted + 0.5) < levels[0]:
         raise ElitError(
             f"budget {budget:g} means {wanted:g} of {num_latents} latents, and the model was trained with "
-            f"{listed(levels)}: take at least {levels[0] / num_latents:g}, or load it with untrained_levels"
+            f"{listed(levels)}: take at least {levels[0] / num_latents:g}, or allow others with --untrained-levels "
+            "(in Python elit.load(..., untrained_levels=True))"
         )
     return min(levels, key=lambda level: (abs(level - wanted), -level))
 

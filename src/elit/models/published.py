@@ -311,7 +311,8 @@ def recover_config(
                 return value
         raise ElitError(
             f"{found.source} leaves {what} open: {depth} blocks of width {width}, called {name!r}, are no published "
-            f"size; give {what}"
+            f"size; give elit.load(..., {what}=N), or convert it once: elit convert {found.source} FOLDER "
+            f"--{what.replace('_', '-')} N"
         )
 
     config = DiTConfig(
