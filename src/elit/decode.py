@@ -27,32 +27,50 @@ def decode(config_class: type, values: dict[str, Any], source: Path, inside: str
         raise ElitError(f"{source}: no key {inside}{unknown[0]} exists in a {config_class.__name__}")
     decoded = {}
     for name, value in values.items():
-        accepted, decoded[name] = _decode_value(types[name], value, source, f"{inside}{name}")
-        if not accepted:
-            wanted = types[name].__name__ if isinstance(types[name], type) else str(types[name]).replace("typing.", "")
-            raise ElitError(f"{source}: {inside}{name} is {value!r}; it must be of type {wanted}")
+        decoded[name] = _from_json(types[name], value, source, f"{inside}{name}.")
+        if not is_of_type(decoded[name], types[name]):
+            raise ElitError(f"{source}: {inside}{name} is {value!r}; it must be of type {_named(types[name])}")
     try:
         return config_class(**decoded)
     except (ElitError, ArithmeticError, TypeError, ValueError) as error:
         raise ElitError(f"{source}: {error}") from error
 
 
-def _decode_value(wanted: Any, value: Any, source: Path, key: str) -> tuple[bool, Any]:
-    """Returns whether a value of JSON has a type, and it as that type."""
+def check_types(config: Any) -> None:
+    """Checks that every field of a configuration dataclass holds a value of its type.
+
+    Raises:
+        ElitError: names a field that does not.
+    """
+    types = get_type_hints(type(config))
+    for field in fields(config):
+        value, wanted = getattr(config, field.name), types[field.name]
+        if not is_of_type(value, wanted):
+            raise ElitError(f"{field.name} is {value!r}; it must be of type {_named(wanted)}")
+
+
+def is_of_type(value: Any, wanted: Any) -> bool:
+    """Tells whether a value has the type of a field. A whole number is a float too, but True is no number."""
     origin, arguments = get_origin(wanted), get_args(wanted)
     if origin in (Union, UnionType):
-        attempts = (_decode_value(each, value, source, key) for each in arguments)
-        return next((attempt for attempt in attempts if attempt[0]), (False, None))
+        return any(is_of_type(value, each) for each in arguments)
     if origin is Literal:
-        return type(value) is str and value in arguments, value
+        return type(value) is str and value in arguments
     if origin is tuple:
-        if not isinstance(value, list):
-            return False, None
-        each = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        items = [_decode_value(*pair, source, key) for pair in zip(each, value, strict=False)]
-        return len(each) == len(value) and all(accepted for accepted, _ in items), tuple(item for _, item in items)
+        each = arguments[:1] * len(value) if isinstance(value, tuple) and arguments[-1] is Ellipsis else arguments
+        return isinstance(value, tuple) and len(each) == len(value) and all(map(is_of_type, value, each))
     if is_dataclass(wanted) and isinstance(wanted, type):
-        return (True, decode(wanted, value, source, f"{key}.")) if isinstance(value, dict) else (False, None)
-    if wanted is float and type(value) is int:
-        return True, float(value)
-    return type(value) is wanted, value
+        return isinstance(value, wanted)
+    return wanted is Any or type(value) is wanted or (wanted is float and type(value) is int)
+
+
+def _from_json(wanted: Any, value: Any, source: Path, inside: str) -> Any:
+    """Turns a value of JSON into what a field may hold: lists into tuples, and an object into a dataclass."""
+    if isinstance(value, list):
+        return tuple(_from_json(None, item, source, inside) for item in value)
+    of_field = [each for each in (wanted, *get_args(wanted)) if is_dataclass(each) and isinstance(each, type)]
+    return decode(of_field[0], value, source, inside) if of_field and isinstance(value, dict) else value
+
+
+def _named(wanted: Any) -> str:
+    return wanted.__name__ if isinstance(wanted, type) else str(wanted).replace("typing.", "")

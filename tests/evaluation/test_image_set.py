@@ -1,5 +1,7 @@
 """Images that are scored are those that training sees, and features are kept by what they depend on."""
 
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,3 +81,48 @@ def test_features_of_other_devices_and_weights_are_kept_apart(
         assert CachedFeatures(images, replace(extractor, **change)).missing() == [0], change
     assert extractor.protocol()["device"] == "cpu"
     assert extractor.protocol()["precision"] == "float32"
+
+
+def test_files_are_hashed_once_until_one_changes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by other processes and later runs; the archive of a folder likewise."""
+    monkeypatch.setenv("ELIT_CACHE", str(tmp_path / "cache"))
+    reads: list[str] = []
+
+    def counted(root: Path, name: str) -> bytes:
+        reads.append(name)
+        return (root / name).read_bytes()
+
+    monkeypatch.setattr("elit.evaluation.image_set.read_bytes", counted)
+    open_image_set(folder)
+    reads.clear()
+    assert open_image_set(folder).content == open_image_set(folder).content
+    assert len(reads) == 2 * (7 + 1)  # just written: it may have changed since, so all are hashed again
+    for path in folder.glob("*.png"):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    first = open_image_set(folder)
+    reads.clear()
+    assert open_image_set(folder).content == first.content
+    assert reads == ["0.png"]  # for the size of the images
+    of_mode("RGB", 77).save(folder / "3.png")
+    assert open_image_set(folder).content != first.content
+
+
+def test_images_are_decoded_while_features_are_computed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ELIT_CACHE", str(tmp_path / "cache"))
+    second = threading.Event()
+
+    def read(start: int, stop: int) -> Tensor:
+        if start:
+            second.set()
+        return torch.full((stop - start, SIZE, SIZE, 3), start, dtype=torch.uint8)
+
+    def network(pixels: Tensor) -> dict[str, Tensor]:
+        assert second.wait(timeout=10), "the second batch is not read before the first is done"
+        return {"x": pixels.float().flatten(1)}
+
+    images = replace(open_image_set(folder), count=70, read=read)
+    features = CachedFeatures(images, Extractor("x", "0", "cpu", "none", {"fx": "x"}, None, None, network))
+    features.compute()
+    assert features.read("x")[:, 0].tolist() == [0] * 32 + [32] * 32 + [64] * 6

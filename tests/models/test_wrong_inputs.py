@@ -45,6 +45,44 @@ def test_a_forward_tells_what_does_not_fit(changes: dict[str, Any], told: str) -
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
+        ({"width": "abc"}, "width is 'abc'; it must be of type int"),
+        ({"width": 64.0}, "width is 64.0; it must be of type int"),
+        ({"width": -64}, "width is -64; it must be above 0"),
+        ({"depth": True}, "depth is True; it must be of type int"),
+        ({"levels": 4}, "levels is 4; it must be of type tuple"),
+        ({"levels": [1, "4"]}, r"levels is \(1, '4'\); it must be of type tuple"),
+        ({"levels": [1, 400]}, r"levels is \[1, 400\]"),
+        ({"num_classes": -1}, "num_classes is -1; it must be at least 0"),
+        ({"in_channels": 0}, "in_channels is 0; it must be above 0"),
+        ({"mlp_ratio": -1}, "mlp_ratio is -1; it must be above 0"),
+        ({"mlp_ratio": 1e-6}, "mlp_ratio is 1e-06, which leaves no hidden width"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio is nan"),
+        ({"rope_theta": 0}, "rope_theta is 0; it must be above 0"),
+        ({"label_std": -0.1}, "label_std is -0.1; it must be at least 0"),
+        ({"qk_norm": "yes"}, "qk_norm is 'yes'; it must be of type bool"),
+        ({"positions": "none"}, "positions is 'none'; it must be of type Literal"),
+        ({"variant": "mine"}, "variant is 'mine'; it must be of type Literal"),
+        ({"interface": "paper"}, "interface is 'paper'; it must be of type"),
+        ({"write_depth": 0}, "write_depth is 0; it must be at least 1"),
+        ({"group_size": 0}, "size 0 is neither"),
+        ({"patch_size": 0}, "size 0 is neither"),
+        ({"input_size": [8, 8, 8, 8]}, "size .8, 8, 8, 8. is neither"),
+        ({"resolution": 100}, "resolution 100 is not a positive multiple"),
+        ({"resolution": "256"}, "resolution is '256' and downsample 8; they must be whole numbers"),
+        ({"resolution": (256, 256, 256)}, "resolution of two"),
+        ({"downsample": 0}, "downsample 0; they must be whole numbers"),
+        ({"name": 3}, "no model is named 3"),
+    ],
+)
+def test_a_new_model_tells_what_it_cannot_be(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ElitError, match=told) as caught:
+        elit.create(**({"name": "ELIT-DiT-S/2"} | changes))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
         ({"seeds": [1.9, 2]}, "a seed is 1.9"),
         ({"seeds": ["1", "2"]}, "a seed is '1'"),
         ({"guidance": "cfg"}, "elit.Guidance"),

@@ -40,7 +40,7 @@ class Extractor:
     Attributes:
         name: inception, dinov2, or a data set.
         weights: SHA-256 of the weights, 16 digits.
-        device: where the network runs: cpu or cuda.
+        device: where the network runs and scores are computed: cpu, cuda, cuda:1, ...
         resize: how images are brought to its size.
         frechet: which features a Frechet distance is of, by the name of the score.
         neighbours: features for precision, recall and KID; None for neither.
@@ -68,7 +68,7 @@ class Extractor:
             "extractor": self.name,
             "weights": self.weights,
             "resize": self.resize,
-            "device": self.device,
+            "device": torch.device(self.device).type,
             "precision": PRECISION,
         }
 
@@ -147,9 +147,7 @@ def inception(weights: str | Path | None = None, device: torch.device | str = "c
 
     resize = "299 px, bilinear as TensorFlow 1 without antialias, in float32"
     frechet = {"fid": "pool", "sfid": "spatial"}
-    return Extractor(
-        "inception", weights_digest(network), torch.device(device).type, resize, frechet, "pool", "logits", features
-    )
+    return Extractor("inception", weights_digest(network), str(device), resize, frechet, "pool", "logits", features)
 
 
 def _find_inception() -> Path:
@@ -186,7 +184,7 @@ def dinov2(source: str | Path = DINO, resize: Resize = "pil", device: torch.devi
     return Extractor(
         "dinov2",
         weights_digest(network),
-        torch.device(device).type,
+        str(device),
         f"224 px, bicubic with antialias {described}",
         {"fdd": "token"},
         "token",
@@ -256,7 +254,7 @@ def digit_features(data: str, weights: str | Path | None = None, device: torch.d
     return Extractor(
         data,
         weights_digest(network),
-        torch.device(device).type,
+        str(device),
         "none; the first channel",
         frechet,
         "features",

@@ -33,6 +33,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     Sources: Dowson & Landau 1982; Heusel et al. 2017. Both roots are of symmetric matrices, so no complex
     number appears.
     """
+    b = Moments(*(part.to(a.mean.device) for part in b))  # those of a file are on the CPU
     values, vectors = torch.linalg.eigh(a.covariance)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp_min(0).sqrt().sum()

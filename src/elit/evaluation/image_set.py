@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import threading
+import time
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elit.atomic import atomic_file
 from elit.data import EMBEDDED, open_data
 from elit.data.pixels import to_uint8
+from elit.data.remote import cache_folder
 from elit.data.sources import SUFFIXES, image_names, read_bytes
 from elit.data.transforms import CorruptImageError, read_rgb
 from elit.errors import ElitError
+from elit.launch import file_lock
+from elit.threads import map_ahead
 
 SETTINGS = "settings.json"  # what `elit sample` writes beside its images
+READERS = 4  # threads that read and decode files
+CLOCK_TICK = 2 * 10**9  # nanoseconds: the coarsest clock of a file system
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class ImageSet:
         source: where they come from.
         count: how many.
         content: SHA-256 of all bytes in order, 16 digits.
-        read: (start, stop) -> bytes (stop - start, H, W, 3).
+        read: (start, stop) -> bytes (stop - start, H, W, 3); several threads may call it.
         settings: of `elit sample`, where it made them.
     """
 
@@ -84,9 +92,14 @@ def _embedded(source: str, batch: Callable[[Tensor], tuple[Tensor, Tensor]]) -> 
 
 def _pictures(source: Path, names: list[str]) -> ImageSet:
     """Opens the images of a folder or zip, which must all have the size of the first."""
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(hashlib.sha256(_read(source, name)).digest())
+
+    def hash_all() -> str:
+        digest = hashlib.sha256()
+        for of_file in map_ahead(lambda name: hashlib.sha256(_read(source, name)).digest(), names, READERS, ahead=64):
+            digest.update(of_file)
+        return digest.hexdigest()[:16]
+
+    content = _remembered([source / name for name in names] if source.is_dir() else [source], hash_all)
     first = _decode(source, names[0])
 
     def read(start: int, stop: int) -> Tensor:
@@ -97,7 +110,26 @@ def _pictures(source: Path, names: list[str]) -> ImageSet:
                 raise ElitError(f"images of {source} differ in size: {sizes}; bring them to one size first")
         return torch.stack(images)
 
-    return ImageSet(str(source), len(names), digest.hexdigest()[:16], read, _settings(source))
+    return ImageSet(str(source), len(names), content, read, _settings(source))
+
+
+def _remembered(files: Sequence[Path], hash_all: Callable[[], str]) -> str:
+    """Returns the hash of files, which one process computes, once for all processes and later runs.
+
+    It is kept in the cache under the names, sizes and times of the files, as git does. Files that have just been
+    written may change again within one tick of the clock: their hash is not kept.
+    """
+    states = [(str(file.resolve()), (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
+    key = hashlib.sha256(json.dumps(states).encode()).hexdigest()[:32]
+    kept = cache_folder() / "contents" / key
+    with file_lock(kept.with_suffix(".lock")):
+        if kept.exists():
+            return kept.read_text()
+        content = hash_all()
+        if time.time_ns() - max(changed for *_, changed in states) > CLOCK_TICK:
+            with atomic_file(kept) as temporary:
+                temporary.write_text(content)
+        return content
 
 
 def _read(source: Path, name: str) -> bytes:
@@ -119,20 +151,24 @@ def _decode(source: Path, name: str) -> Tensor:
 def _archive(path: Path) -> ImageSet:
     """Opens ``arr_0`` (M, H, W, 3), of which only the wanted slices are ever in memory."""
     member, shape, offset = _open_array(path, "arr_0")
-    size = int(np.prod(shape[1:]))
+    size, reading = int(np.prod(shape[1:])), threading.Lock()
 
     def read(start: int, stop: int) -> Tensor:
         try:
-            member.seek(offset + start * size)
-            data = bytearray(member.read((min(stop, shape[0]) - start) * size))
+            with reading:
+                member.seek(offset + start * size)
+                data = bytearray(member.read((min(stop, shape[0]) - start) * size))
             return _rgb(torch.frombuffer(data, dtype=torch.uint8).view(-1, *shape[1:]))
         except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise ElitError(f"{path} is damaged ({error}); copy it again or make it anew") from error
 
-    digest = hashlib.sha256()
-    for start in range(0, shape[0], 256):
-        digest.update(read(start, start + 256).contiguous().numpy().tobytes())
-    return ImageSet(str(path), shape[0], digest.hexdigest()[:16], read, _settings(path.parent))
+    def hash_all() -> str:
+        digest = hashlib.sha256()
+        for start in range(0, shape[0], 256):
+            digest.update(read(start, start + 256).contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    return ImageSet(str(path), shape[0], _remembered([path], hash_all), read, _settings(path.parent))
 
 
 def _open_array(path: Path, name: str) -> tuple[Any, tuple[int, ...], int]:

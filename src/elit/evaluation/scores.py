@@ -122,7 +122,7 @@ def save_reference(features: CachedFeatures, out: Path) -> None:
     arrays: dict[str, Any] = {"protocol": np.array(json.dumps(about))}
     for name, (mean, covariance) in zip(features.extractor.frechet.values(), KEYS, strict=False):
         found = features.moments(name)
-        arrays |= {mean: found.mean.numpy(), covariance: found.covariance.numpy()}
+        arrays |= {mean: found.mean.cpu().numpy(), covariance: found.covariance.cpu().numpy()}
     with atomic_file(out) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from elit.decode import check_types
 from elit.errors import ElitError
 from elit.interface.budget import to_level, valid_levels
 from elit.interface.grid import TokenGrid, Triple, coordinates, triple
@@ -55,9 +56,10 @@ class InterfaceConfig:
     levels: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         triple(self.group_size)  # tells what is no size
-        if self.variant not in ("paper", "published"):
-            raise ElitError(f"no interface variant is named {self.variant!r}; there are paper and published")
+        if self.write_depth < 1:
+            raise ElitError(f"write_depth is {self.write_depth}; it must be at least 1")
 
 
 class Read(nn.Module):

@@ -84,14 +84,14 @@ def names() -> list[str]:
 
 def is_name(name: str) -> bool:
     """Whether :func:`create` knows a name."""
-    return name in names()
+    return str(name) in names()
 
 
 def config_for(
     name: str, resolution: int | tuple[int, int] = 256, downsample: int = 8, **overrides: Any
 ) -> TransformerConfig:
     """Returns the configuration of a named model; the arguments are those of :func:`create`."""
-    found = NAME.fullmatch(name)
+    found = NAME.fullmatch(str(name))
     if not found or not is_name(name):
         raise ElitError(
             f"no model is named {name!r}; names are [ELIT-]{{{','.join(FAMILIES)}}}-{{{','.join(SIZES)}}}/{{1,2,4,8}}, "
@@ -181,10 +181,15 @@ class _WithoutNormalDraws(TorchFunctionMode):
 
 
 def _input_size(resolution: int | tuple[int, int], downsample: int) -> int | tuple[int, ...]:
-    sides = (resolution,) if isinstance(resolution, int) else resolution
+    sides = tuple(resolution) if isinstance(resolution, tuple | list) else (resolution,)
+    if len(sides) > 2 or any(type(number) is not int for number in (*sides, downsample)) or downsample < 1:
+        raise ElitError(
+            f"resolution is {resolution!r} and downsample {downsample!r}; they must be whole numbers of pixels, or a "
+            "resolution of two, (height, width)"
+        )
     if any(side <= 0 or side % downsample for side in sides):
         raise ElitError(f"resolution {resolution} is not a positive multiple of the autoencoder's {downsample}")
-    return resolution // downsample if isinstance(resolution, int) else tuple(s // downsample for s in resolution)
+    return sides[0] // downsample if len(sides) == 1 else tuple(side // downsample for side in sides)
 
 
 def _group_size(config: TransformerConfig) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 Shapes: B batch, C channels, N spatial tokens, G windows, J latents per window, J~ of them in use, K = G * J~, D width.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elit.conditions import Text, condition_size
+from elit.decode import check_types
 from elit.errors import ElitError
 from elit.interface import InterfaceConfig, LatentInterface, coordinates, triple
 from elit.interface.grid import Triple, position_axes
@@ -60,15 +62,23 @@ class TransformerConfig:
     interface: InterfaceConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.positions not in ("rotary", "sincos"):
-            raise ElitError(f"no positions are named {self.positions!r}; there are rotary and sincos")
+        check_types(self)
+        for name in ("in_channels", "width", "depth", "mlp_ratio", "rope_theta"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ElitError(f"{name} is {value}; it must be above 0")
+        for name in ("num_classes", "label_std"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ElitError(f"{name} is {value}; it must be at least 0")
+        if round(self.width * self.mlp_ratio) < 1:
+            raise ElitError(f"mlp_ratio is {self.mlp_ratio}, which leaves no hidden width of an MLP")
         if self.num_heads < 1 or self.width % self.num_heads or (self.width // self.num_heads) % 2:
             raise ElitError(f"width {self.width} does not give {self.num_heads} heads of an even size")
         if self.interface and (min(self.head_depth, self.tail_depth) < 0 or self.core_depth < 1):
             raise ElitError(
                 f"head_depth {self.head_depth} and tail_depth {self.tail_depth} leave no core in depth {self.depth}"
             )
-        if self.positions == "sincos" and (self.width % 4 or self.grid_size[0] > 1):
+        tokens = self.grid_size  # tells what is no size, or has no whole patches
+        if self.positions == "sincos" and (self.width % 4 or tokens[0] > 1):
             raise ElitError("sincos positions need a width divisible by 4 and images; use positions='rotary'")
 
     @property
