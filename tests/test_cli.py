@@ -197,6 +197,8 @@ def test_help_imports_no_verb() -> None:
         (("--num-images", "0"), "num_images and batch_size must be at least 1"),
         (("--guidance", "strong"), "guidance"),
         (("--guidance", "ccfg", "--guidance-budget", "2"), "the guidance budget is 2"),
+        (("--guidance-interval", "[0,0.5]"), "guidance_interval is given without guidance; add --guidance cfg"),
+        (("--cache-order", "1"), "cache_order is given without a cache; add --cache-threshold"),
         (("--out", "x.jpg"), "it must be a .png file, for clips .gif or .mp4, or a folder"),
         (("--colour", "red"), "unrecognized arguments: --colour red"),
         (("--num-image", "2"), "unrecognized arguments: --num_image 2"),

@@ -162,6 +162,13 @@ def test_trajectories_are_the_samples_of_one_call(solver: str) -> None:
     assert_near(torch.cat([trajectory.samples() for trajectory in flight]), elit.sample(model, y, **told))
 
 
+def test_a_trajectory_named_twice_is_refused() -> None:
+    one, other = elit.trajectories(tiny(), [1, 2], steps=3)
+    with pytest.raises(ElitError, match="a trajectory is named twice"):
+        elit.advance(tiny(), [one, other, one])
+    assert (one.step, other.step) == (0, 0)
+
+
 def test_a_trajectory_tells_where_it_is() -> None:
     model = tiny()
     (trajectory,) = elit.trajectories(model, [1], seeds=[3], steps=2, solver="heun")

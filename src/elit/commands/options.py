@@ -68,8 +68,8 @@ class ModelOptions(DeviceOptions):
         if is_exported(self.model):
             return self._load_exported(device)
         self.precision = choose_precision(self.precision, device)
-        if device.type != "cpu" and self.precision in ("fp32", "tf32"):
-            allow_tf32(self.precision == "tf32")
+        if device.type != "cpu":
+            allow_tf32(self.precision != "fp32")  # what is float32 under bf16 and fp16 is the autoencoder
         dtype = DTYPES[self.precision]
         model = load(
             self.model, weights=self.weights, device=device, dtype=dtype, untrained_levels=self.untrained_levels

@@ -47,7 +47,8 @@ class SampleOptions(SamplerOptions, ModelOptions):
             folder or a Hub id), or words, the vectors of the embedded data set captioned-digits.
         seed: image i starts from the noise of seed SEED + i.
         plan: a file of elit plan, which takes the place of steps, solver, budget, guidance and path.
-        autoencoder: a diffusers autoencoder that decodes the samples of a model on latents: a folder or a Hub id.
+        autoencoder: a diffusers autoencoder that decodes the samples of a model on latents: a folder or a Hub id. It
+            runs in float32, which a GPU rounds to tf32 unless precision is fp32: half precision would show in pixels.
         format: what a folder gets: one PNG per image, samples.npz in the layout of the ADM suite, or both.
         batch_size: images at a time. The images of a folder repeat to the last bit with the same batch size.
         threads: number of CPU threads of a process, for a folder. Its images repeat to the last bit with the same
