@@ -98,7 +98,7 @@ def load_inputs(options: ModelOptions, data: str | None, autoencoder: str | None
 
 
 def random_indices(data: Data, count: int) -> Tensor:
-    """SweepConfig the indices of samples, always the same ones, because neighbours in a data set may be much alike."""
+    """Returns the indices of random samples, always the same ones: neighbours in a data set may be much alike."""
     return permutation(generator("reference", "held-out images"), len(data))[:count]
 
 
