@@ -6,7 +6,7 @@
 
 Each command runs alone. The classifier and the features of the reference are in the cache, those of samples are not.
 Without a model, one of random weights is made: 6 blocks of width 96 on 16x16 tokens. Its images are noise, which is the
-slowest to compress. With another checkout, both take turns, and the images and scores of both are compared.
+slowest to compress. With another checkout, both take turns, and the pixels and scores of both are compared.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import elit
 
@@ -80,7 +81,7 @@ def main() -> None:
                     os.environ["ELIT_CACHE"] = shutil.copytree(warm, f"{out}-cache")
                     scored = measure(checkout, "evaluate", "--samples", out, *of_scoring)
                     found[name].append((*drawn, *scored))
-                    pictures = [path.read_bytes() for path in sorted(Path(out).glob("*.png"))]
+                    pictures = [Image.open(path).tobytes() for path in sorted(Path(out).glob("*.png"))]
                     made.append((pictures, json.loads(Path(scores).read_text())["scores"]))
             if any(each != made[0] for each in made):
                 print(f"images or scores of {count} differ")

@@ -206,8 +206,9 @@ class ImageSource:
     def settings(self) -> dict[str, Any]:
         """Returns what decides the images, as plain values for JSON."""
         settings = {key: value for key, value in asdict(self.options).items() if key not in UNRECORDED}
-        if not self.options.untrained_levels:
-            del settings["untrained_levels"]  # it was no setting when the first folders were drawn
+        for later in ("untrained_levels", "compile"):  # they were no settings when the first folders were drawn
+            if not settings[later]:
+                del settings[later]
         if self.options.plan is not None:
             settings |= self.arguments
         guidance = self.arguments["guidance"]
