@@ -119,7 +119,10 @@ def _remembered(files: Sequence[Path], hash_all: Callable[[], str]) -> str:
     It is kept in the cache under the names, sizes and times of the files, as git does. Files that have just been
     written may change again within one tick of the clock: their hash is not kept.
     """
-    states = [(str(file.resolve()), (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
+    try:
+        states = [(str(file.resolve()), (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
+    except OSError as error:
+        raise ElitError(f"{error.filename} cannot be read ({error.strerror}); copy it again or remove it") from error
     key = hashlib.sha256(json.dumps(states).encode()).hexdigest()[:32]
     kept = cache_folder() / "contents" / key
     with file_lock(kept.with_suffix(".lock")):
