@@ -65,7 +65,10 @@ def is_of_type(value: Any, wanted: Any) -> bool:
 
 
 def _from_json(wanted: Any, value: Any, source: Path, inside: str) -> Any:
-    """Turns a value of JSON into what a field may hold: lists into tuples, and an object into a dataclass."""
+    """Turns a value of JSON into what a field may hold: a whole number into a float, a list into a tuple, and an object
+    into a dataclass."""
+    if wanted is float and type(value) is int:
+        return float(value)
     if isinstance(value, list):
         return tuple(_from_json(None, item, source, inside) for item in value)
     of_field = [each for each in (wanted, *get_args(wanted)) if is_dataclass(each) and isinstance(each, type)]
