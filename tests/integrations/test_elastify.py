@@ -209,6 +209,16 @@ def test_the_base_is_no_elastic_model(tmp_path: Path) -> None:
         kind.from_pretrained(tmp_path)
 
 
+def test_a_damaged_folder_is_told(tmp_path: Path) -> None:
+    elastic = elit.elastify(dit())
+    elastic.save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for folder in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(elit.ElitError, match="cannot load an elastic model from"):
+            type(elastic).from_pretrained(folder)
+
+
 @pytest.mark.parametrize("name", ["SD3", "FLUX", "Qwen-Image", "Wan"])
 @torch.no_grad()
 def test_an_adapter_of_the_base_fits_and_one_of_the_elastic_model_comes_back(name: str, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -20,12 +20,18 @@ def convert_model(
     num_heads: int | None = None,
     head_depth: int | None = None,
     tail_depth: int | None = None,
+    format: Literal["diffusers"] | None = None,
+    autoencoder: str | None = None,
 ) -> None:
-    """Convert a published FILE.pt to a folder of our format, or a model of ours to a published FILE.pt.
+    """Convert a published FILE.pt to a folder of our format, a model of ours to a published FILE.pt, or both for
+    diffusers.
 
     Args:
         source: a published .pt file; or a run directory, a saved model or a Hub id.
         target: a new folder; or a new .pt file.
+        format: diffusers writes a folder that ElitPipeline.from_pretrained reads; by default the format is the other
+            one of the two.
+        autoencoder: of diffusers, a folder or a Hub id: saved with the pipeline of a model of latents.
         num_heads: number of attention heads, where a published file of an unpublished size leaves it open.
         head_depth: number of blocks before Read, where the file leaves it open.
         tail_depth: number of blocks after Write, where the file leaves it open.
@@ -33,10 +39,43 @@ def convert_model(
     Raises:
         ElitError: a source that cannot be read or held by the other format, or a target that exists.
     """
-    done = convert(source, target, num_heads=num_heads, head_depth=head_depth, tail_depth=tail_depth)
+    depths = {"num_heads": num_heads, "head_depth": head_depth, "tail_depth": tail_depth}
     console = Console(soft_wrap=True, highlight=False)
-    console.print(done)
+    if format == "diffusers":
+        console.print(convert_to_diffusers(source, target, autoencoder, **depths))
+        console.print("next: elit.integrations.pipeline.ElitPipeline.from_pretrained, see docs/retrofit.md")
+        return
+    if autoencoder is not None:
+        raise ElitError("an autoencoder is saved with --format diffusers only; leave it out")
+    console.print(convert(source, target, **depths))
     console.print(f"next: elit info {target}")
+
+
+def convert_to_diffusers(source: Path, target: Path, autoencoder: str | None = None, **depths: int | None) -> str:
+    """Writes any model that :func:`elit.load` takes as a pipeline of diffusers.
+
+    Args:
+        source: the model.
+        target: a new folder.
+        autoencoder: a folder or a Hub id, for a model of latents.
+        depths: what a published file leaves open; see :func:`elit.load`.
+
+    Returns:
+        A sentence that says what was done.
+
+    Raises:
+        ElitError: a source or an autoencoder that cannot be read, a target that exists, or diffusers is missing.
+    """
+    try:
+        from elit.integrations.pipeline import ElitPipeline
+    except ImportError as error:
+        raise ElitError(f"a pipeline needs {error.name}: pip install 'elit-diffusion[retrofit]'") from error
+    if target.exists():
+        raise ElitError(f"{target} exists already; remove it or choose another name")
+    pipeline = ElitPipeline.from_elit(source, autoencoder, **depths)
+    with atomic_folder(target) as folder:
+        pipeline.save_pretrained(folder)
+    return f"wrote {describe(pipeline.transformer.model)}, from {source}, to the pipeline {target}"
 
 
 def convert(

@@ -18,6 +18,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -220,19 +221,22 @@ class ElasticMixin:
         """Loads an elastic model that ``save_pretrained`` wrote.
 
         Raises:
-            ElitError: there is a model of another class, such as the base.
+            ElitError: there is none, it is damaged, or it is a model of another class, such as the base.
         """
         above: Any = super()
         places = {"subfolder", "cache_dir", "revision", "token", "local_files_only", "force_download", "proxies"}
-        found = cls.load_config(  # type: ignore[attr-defined]
-            pretrained_model_name_or_path, **{name: options[name] for name in places & options.keys()}
+        given = {name: options[name] for name in places & options.keys()}
+        try:
+            found = cls.load_config(pretrained_model_name_or_path, **given)  # type: ignore[attr-defined]
+            if found.get("_class_name") == cls.__name__:
+                return above.from_pretrained(pretrained_model_name_or_path, **options)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ElitError(f"cannot load an elastic model from {pretrained_model_name_or_path}: {reason}") from error
+        raise ElitError(
+            f"{pretrained_model_name_or_path} holds a {found.get('_class_name')}, not a {cls.__name__}; load it with "
+            f"{cls.base.__name__} and give it to elit.elastify"
         )
-        if found.get("_class_name") != cls.__name__:
-            raise ElitError(
-                f"{pretrained_model_name_or_path} holds a {found.get('_class_name')}, not a {cls.__name__}; load it "
-                f"with {cls.base.__name__} and give it to elit.elastify"
-            )
-        return above.from_pretrained(pretrained_model_name_or_path, **options)
 
     # -------------------------------------------------------------------------------------------- budgets
 
