@@ -12,6 +12,7 @@ from elit.serving.costs import CostTable
 from elit.serving.job import Job, batch_seconds
 
 LENIENCE = 2.0  # a job that cannot keep the objective even alone gets so many times what it takes alone
+ADMITTED = 0.9  # share of the time that a job has, by which it must be predicted to finish to come in
 SMOOTHING = 0.1  # weight of the last batch in the running ratio of measured to predicted seconds
 WILDEST = 4.0  # a batch that took more times what was predicted was disturbed: it counts as so many
 
@@ -25,8 +26,8 @@ class SchedulerOptions:
         max_work: the most work in a batch, in rows at the highest level.
         latency_objective: seconds from arrival to the end; None for no objective, and always the highest level.
         queue_limit: how many jobs may wait for their first step.
-        refuse_late: whether to refuse a job that is predicted to need more than the controller's headroom even at the
-            lowest levels.
+        refuse_late: whether to refuse a job that is predicted to come too close to its deadline even at the lowest
+            levels.
         controller: see :class:`~elit.serving.controller.ControllerOptions`.
     """
 
@@ -155,7 +156,7 @@ class Scheduler:
             return self._backlog(now)
         if not self.options.refuse_late or job.is_too_long:
             return None
-        due = job.arrival + self.options.controller.headroom * (job.deadline - job.arrival)
+        due = job.arrival + ADMITTED * (job.deadline - job.arrival)
         late = self._predicted_finish(job, now) - due
         return late if late > 0 else None
 
