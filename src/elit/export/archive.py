@@ -53,6 +53,7 @@ IN_TREES = {None, "builtins.tuple", "builtins.dict", "builtins.list"}
 
 def save_program(program: ExportedProgram, path: Path, metadata: str) -> None:
     """Writes a graph with its weights and metadata, whole or not at all."""
+    program.example_inputs = None  # they would be pickled
     with atomic_file(path) as temporary:
         torch.export.save(program, temporary, extra_files={EXTRA: metadata})
 

@@ -208,10 +208,8 @@ def trace(model: Model, guided: bool = False, batch: int | None = None) -> Expor
 def strip(program: ExportedProgram) -> None:
     """Takes out of a graph what a file must not hold or need not hold.
 
-    Example inputs would be pickled and conditions evaluated; where our source files lie is nobody's business, and takes
-    half a megabyte.
+    Conditions would be evaluated; where our source files lie is nobody's business, and takes half a megabyte.
     """
     for node in program.graph.nodes:
         node.meta = {key: value for key, value in node.meta.items() if key == "val"}
-    program.example_inputs = None
     program._guards_code = []
