@@ -49,7 +49,10 @@ from elit.training import ElasticConfig, ModelChoice, TrainConfig
 from elit.training.speed import peak_flops
 
 BUDGETS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-MIX = (1 / 16, 1 / 4, 1 / 2, 1.0)
+MIXES = {  # eighths of a batch
+    "even": {1 / 16: 2, 1 / 4: 2, 1 / 2: 2, 1.0: 2},
+    "uneven": {1 / 16: 5, 1 / 4: 2, 1.0: 1},
+}
 Row = dict[str, Any]
 
 
@@ -83,7 +86,7 @@ SCALES = {
     "cpu": Scale(
         models=("ELIT-SiT-S/2",),
         resolutions=(256,),
-        batches=(1, 4),
+        batches=(1, 8),
         ways=("eager", "compiled"),
         dtype=torch.float32,
         repeats=5,
@@ -189,18 +192,19 @@ class Bench:
     def _mixed(self, way: str) -> list[Row]:
         name, rows = self.scale.models[0], list[Row]()
         model = self.model(name, 256, way)
-        for batch in [batch for batch in self.scale.batches if batch >= len(MIX)]:
+        for batch in [batch for batch in self.scale.batches if batch >= 8]:
             y: Any
             x, t, y = example_inputs(model, batch)
-            budgets = [MIX[i % len(MIX)] for i in range(batch)]
-            share = batch // len(MIX)
-            runs = [
-                partial(model, x, t, y, budgets),
-                *(partial(model, x[:share], t[:share], y[:share], budget) for budget in MIX),
-            ]
-            whole, *parts = self.seconds(runs)
-            ratio = whole / sum(parts)
-            rows.append({"model": name, "way": way, "batch": batch, "ms": 1e3 * whole, "mixed / parts": ratio})
+            for mix, eighths in MIXES.items():
+                budgets = [budget for budget, count in eighths.items() for _ in range(batch // 8 * count)]
+                rows_of = {budget: batch // 8 * count for budget, count in eighths.items()}
+                runs = [
+                    partial(model, x, t, y, budgets),
+                    *(partial(model, x[:n], t[:n], y[:n], budget) for budget, n in rows_of.items()),
+                ]
+                whole, *parts = self.seconds(runs)
+                found = {"ms": 1e3 * whole, "mixed / parts": whole / sum(parts)}
+                rows.append({"model": name, "way": way, "batch": batch, "mix": mix, **found})
         return rows
 
     def parts(self) -> Iterator[Case]:
@@ -359,8 +363,9 @@ def benchmark(
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     machine = {"device": name, **environment()}
     results = json.loads(file.read_text()) if file.exists() else {"environment": machine, "cases": {}}
-    if results["environment"]["device"] != name:
-        raise SystemExit(f"{file} is of {results['environment']['device']}, and this is {name}; take another --out")
+    for key in ("device", "torch", "elit"):
+        if (before := results["environment"][key]) != machine[key]:
+            raise SystemExit(f"{file} was measured with {key} {before}, and this is {machine[key]}; take another --out")
     console, begun = Console(soft_wrap=True), time.monotonic()
     cases = [Case(f"{part}: {case.name}", case.measure) for part in parts.split(",") for case in PARTS[part](bench)]
     for i, case in enumerate(cases, start=1):

@@ -9,7 +9,7 @@ float32. So tokens are float32 in head, core and tail of every backbone.
 
 import math
 from collections.abc import Callable, Hashable
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Literal, NamedTuple, Self, TypeVar
 
 import torch
@@ -149,20 +149,24 @@ class RotaryTable(nn.Module):
 
 
 def remembered_tables(compute: Callable[..., T]) -> Callable[..., T]:
-    """Makes a function remember the tables of positions that it computed last, by its arguments.
+    """Makes a function remember the tables of positions that it computed, by its arguments.
 
     They are ordinary tensors, whoever asks first, also under :func:`torch.inference_mode`. A forward on another grid
-    than that of training then computes its tables once, and nothing is kept on a module.
+    than that of training then computes its tables once, and nothing is kept on a module. They are never forgotten, for
+    CUDA graphs keep their addresses.
     """
-
-    @lru_cache(maxsize=64)
-    def remembered(*arguments: Hashable) -> T:
-        with torch.inference_mode(False), torch.no_grad():
-            return compute(*arguments)
+    known: dict[tuple[Hashable, ...], T] = {}
 
     @wraps(compute)
     def table(*arguments: Hashable) -> T:
-        return compute(*arguments) if torch.compiler.is_compiling() else remembered(*arguments)
+        if arguments in known:
+            return known[arguments]
+        with torch.inference_mode(False), torch.no_grad():
+            found = compute(*arguments)
+        parts = found if isinstance(found, tuple) else (found,)
+        if all(type(part) is Tensor for part in parts):  # and not of a tracer, which lends its own
+            known[arguments] = found
+        return found
 
     return table
 

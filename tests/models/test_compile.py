@@ -131,17 +131,47 @@ def test_wrong_inputs_are_told_before_anything_is_captured() -> None:
     assert not Again.captured
 
 
-def test_a_graph_that_finds_no_memory_is_done_without(caplog: pytest.LogCaptureFixture) -> None:
-    def full(function: Any, device: Any, pool: Any) -> Any:
-        raise torch.OutOfMemoryError("no memory")
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("no"), "no memory is left for a graph of batch size 4: such batches run without one"),
+        (RuntimeError("a\nb"), "batches of 4 run without a graph, for they could not be captured: a"),
+    ],
+)
+def test_a_graph_that_cannot_be_captured_is_done_without(
+    error: Exception, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(function: Any, device: Any, pool: Any) -> Any:
+        raise error
 
     model, twin = tiny(), tiny()
-    GraphedForward(twin, [4], full).install()
+    GraphedForward(twin, [4], refuse).install()
     with caplog.at_level(logging.WARNING, "elit"):
         assert_near(elit.sample(twin, [1, 2], steps=3), elit.sample(model, [1, 2], steps=3))
-    assert [r.message for r in caplog.records] == [
-        "no memory is left for a graph of batch size 4: such batches run without one"
-    ]
+    assert [r.message for r in caplog.records] == [told]
+
+
+def test_much_padding_and_too_many_graphs_are_avoided(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = graphed(tiny(), 8)
+    elit.sample(model, [1, 2, 3, 4, 5], steps=1)  # three of padding
+    assert Again.captured == 0
+    elit.sample(model, [1, 2, 3, 4, 5, 6], steps=1)
+    assert Again.captured == 1
+    monkeypatch.setattr("elit.models.graphs.MAX_GRAPHS", 1)
+    assert elit.sample(model, [1, 2, 3, 4, 5, 6], steps=1, budget=0.5).isfinite().all()
+    assert Again.captured == 1
+
+
+def test_autocast_uses_no_graph_and_a_second_preparation_changes_nothing() -> None:
+    model = graphed(graphed(tiny(), 2), 2)
+    x, t, y = inputs(model, 2)
+    with torch.no_grad():
+        exact = model(x, t, y)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model(x, t, y)
+    assert Again.captured == 1
+    assert not torch.equal(rough, exact)
+    assert_near(exact, tiny()(x, t, y).detach())
 
 
 # ------------------------------------------------------------------------------------------------ compiled layers
@@ -171,7 +201,7 @@ def test_levels_and_batch_sizes_share_compilations() -> None:
                 model(x, t, y, num_latents=level)
         return counter.count
 
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # else it goes on uncompiled
         assert compilations((4,), (2, 3)) == 1 + 1 + 1 + 1
         assert compilations((2, 3, 4), (2, 5)) == 1 + 1 + 2 + 2
         assert compilations((1, 2, 3, 4), (1, 2, 7)) <= 2 * (1 + 1 + 3 + 3)
@@ -207,10 +237,10 @@ def test_what_the_real_compiler_makes_is_near(dtype: torch.dtype) -> None:
             assert (found - expected).norm() < tolerance * expected.norm()
 
 
-def test_without_a_compiler_a_line_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+def test_without_a_compiler_a_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny()
-    with caplog.at_level(logging.WARNING, "elit"):
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with caplog.at_level(logging.WARNING, "elit"), no_compiler:
         assert elit.compile(model) is model
     assert [r.message for r in caplog.records] == [
         "the model runs uncompiled: there is no C++ compiler here (g++ or clang++)"
@@ -221,6 +251,11 @@ def test_without_a_compiler_a_line_says_so(monkeypatch: pytest.MonkeyPatch, capl
 def test_wrong_arguments() -> None:
     with pytest.raises(ElitError, match="CUDA graphs need a GPU, and the model is on cpu"):
         elit.compile(tiny(), graphs=True)
-    for sizes in ([], [0], [2.0]):
+    for sizes in ([], [0], [2.0], 8):
         with pytest.raises(ElitError, match="batch_sizes is"):
             elit.compile(tiny(), batch_sizes=sizes)  # type: ignore[arg-type]
+    for options, told in (({"mode": "fast"}, "refuses"), ({"mode": "reduce-overhead"}, "captures graphs of its own")):
+        with pytest.raises(ElitError, match=told):
+            elit.compile(tiny(), **options)
+    with pytest.raises(ElitError, match="a str cannot be compiled; give a model"):
+        elit.compile("runs/digits")  # type: ignore[type-var]

@@ -80,13 +80,19 @@ class StepTable:
 
     def error(self, steps: int) -> float:
         """Predicts the error of so many steps, by a power law between those that were measured."""
-        x, y = np.log(STEP_COUNTS), np.log(self.errors)
+        x, y = np.log(STEP_COUNTS), np.log(np.maximum(self.errors, 1e-12))
         at = int(np.clip(np.searchsorted(x, np.log(steps)) - 1, 0, len(x) - 2))
         slope = (y[at + 1] - y[at]) / (x[at + 1] - x[at])
         return float(np.exp(y[at] + slope * (np.log(steps) - x[at])))
 
     def runs(self, steps: int) -> list[bool]:
-        """Tells at which of so many steps the core runs."""
+        """Tells at which of so many steps the core runs.
+
+        Raises:
+            ElitError: with a cache, a number of steps that plans do not have.
+        """
+        if self.cache is not None and steps not in STEPS:
+            raise ElitError(f"steps is {steps}; with a cache, plans have one of {STEPS}")
         return [True] * steps if self.cache is None else self.core_runs[STEPS.index(steps)]
 
 
@@ -180,6 +186,7 @@ def calibration_stamp(
         "levels": model.levels,
         "dtype": str(model.dtype),
         "compiled": model.is_compiled,
+        "captured": model.is_captured,
         "float32_products": torch.get_float32_matmul_precision(),  # high is TF32
         "device": device,
         "batch_size": batch_size,

@@ -152,8 +152,10 @@ def solve(calibration: Calibration, limit: float, cost: CostKind = "seconds", mi
         limit: seconds of a call for one batch of the calibrated size, or FLOPs of a sample.
 
     Raises:
-        ElitError: nothing is that cheap; the cheapest possible is named.
+        ElitError: nothing is that cheap (the cheapest possible is named), or the limit is no number above 0.
     """
+    if not limit > 0:
+        raise ElitError(f"the limit is {limit}; it must be a number above 0")
     counts = [steps for steps in STEPS if steps >= min_steps]
     if not counts:
         raise ElitError(f"min_steps is {min_steps}; plans have up to {STEPS[-1]} steps")
@@ -167,7 +169,11 @@ def solve(calibration: Calibration, limit: float, cost: CostKind = "seconds", mi
     ]
     if not plans:
         cheapest = min(
-            (constant_plan(calibration, table, calibration.levels[0], counts[0]) for table in calibration.tables),
+            (
+                constant_plan(calibration, table, calibration.levels[0], counts[0], stepping)
+                for table in calibration.tables
+                for stepping in calibration.step_tables
+            ),
             key=lambda plan: getattr(plan, cost),
         )
         raise ElitError(

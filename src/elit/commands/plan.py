@@ -98,8 +98,8 @@ class PlanOptions(GuidanceOptions, ModelOptions):
         if len(given) != 1:
             raise ElitError("give one target: latency_ms, gflops or speedup")
         for name, target in given.items():
-            if target <= 0:
-                raise ElitError(f"{name} is {target}; it must be above 0")
+            if not 0 < target < float("inf"):
+                raise ElitError(f"{name} is {target}; it must be a number above 0")
         if self.batch_size < 1 or self.num_samples < 2:
             raise ElitError(
                 f"batch_size is {self.batch_size} and num_samples {self.num_samples}; they must be at least 1 and 2"

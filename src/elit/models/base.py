@@ -25,11 +25,13 @@ class Model(nn.Module, HubModel):
         config: the dataclass that rebuilds the model.
         interface: its latent interface, or None for a plain transformer.
         is_compiled: whether :func:`elit.compile` has compiled its layers.
+        is_captured: whether its forwards are captured in CUDA graphs.
     """
 
     config: Any
     interface: LatentInterface | None
     is_compiled: bool = False
+    is_captured: bool = False
 
     def __init__(self, config: Any) -> None:
         super().__init__()

@@ -18,7 +18,9 @@ from elit.models.graphs import GraphedForward
 from elit.models.transformer import Transformer
 
 logger = logging.getLogger("elit")
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+RECOMPILE_LIMIT = 32  # PyTorch's own is 8, beyond which it goes on uncompiled; see compile_layers
+GRAPHS_OF_THEIR_OWN = ("reduce-overhead", "max-autotune")  # modes of torch.compile that capture too
 AnyModel = TypeVar("AnyModel", bound=Model)
 
 
@@ -29,31 +31,41 @@ def compile(  # as torch.compile
 
     Its layers are compiled (`torch.compile`) when they first run, which takes from seconds to a minute; every batch
     size and every level then share what was compiled. On a GPU, forwards without gradients are also captured in CUDA
-    graphs, one for each level and batch size, when they first run; a batch is padded to the next captured size.
-    Without a compiler the model stays as it is, and a line of the log says why.
+    graphs, one for each level and batch size, when they first run; a batch is padded to the next captured size. Where
+    layers cannot be compiled, or a forward cannot be captured, it runs as it is, and a line of the log says why.
 
-    Move and convert the model before, for graphs keep the addresses of its weights. Results differ from those of the
-    uncompiled model by rounding.
+    Move and convert the model before, for graphs keep the addresses of its weights, and let one thread at a time run
+    it. Results differ from those of the uncompiled model by rounding.
 
     Args:
         graphs: whether to capture CUDA graphs; by default on a GPU.
-        batch_sizes: the sizes to capture. Larger batches run without a graph.
+        batch_sizes: the sizes to capture. Larger batches run without a graph, and so do those that would be padded by
+            more than two samples and a quarter.
         options: for :func:`torch.compile`, such as ``mode="max-autotune-no-cudagraphs"``.
 
     Raises:
-        ElitError: graphs without a GPU, or batch sizes that are not positive numbers.
+        ElitError: no model of :func:`elit.load` or :func:`elit.create`, graphs without a GPU, batch sizes that are not
+            positive numbers, or options that :func:`torch.compile` refuses.
     """
-    if not batch_sizes or any(type(size) is not int or size < 1 for size in batch_sizes):
-        raise ElitError(f"batch_sizes is {batch_sizes!r}; give positive whole numbers")
+    if not isinstance(model, Transformer):
+        raise ElitError(f"a {type(model).__name__} cannot be compiled; give a model of elit.load or elit.create")
+    wrong = isinstance(batch_sizes, int) or not batch_sizes
+    if wrong or any(type(size) is not int or size < 1 for size in batch_sizes):
+        raise ElitError(f"batch_sizes is {batch_sizes!r}; give a list of positive whole numbers")
+    if (mode := options.get("mode")) in GRAPHS_OF_THEIR_OWN:
+        raise ElitError(f"mode {mode!r} captures graphs of its own; take 'max-autotune-no-cudagraphs'")
     on_gpu = model.device.type == "cuda"
     if graphs and not on_gpu:
         raise ElitError(f"CUDA graphs need a GPU, and the model is on {model.device}")
     if why := missing_compiler(model.device):
         logger.warning("the model runs uncompiled: %s", why)
     else:
-        compile_layers(model, **options)
+        try:
+            compile_layers(model, **options)
+        except (RuntimeError, TypeError) as error:
+            raise ElitError(f"torch.compile refuses {options}: {str(error).splitlines()[0]}") from error
         model.is_compiled = True
-    if (on_gpu if graphs is None else graphs) and isinstance(model, Transformer):
+    if on_gpu if graphs is None else graphs:
         GraphedForward(model, sorted(batch_sizes)).install()
     return model
 
@@ -63,8 +75,10 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
 
     Layers of one kind share a compilation, whose batch size and number of tokens are dynamic. PyTorch makes another one
     for a batch of 1, and of Read and Write also for a single latent and for all of them: in all at most 2 for blocks
-    and for the projection, and 6 for Read and for Write.
+    and for the projection, and 6 for Read and for Write. With and without inference mode have their own.
     """
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, RECOMPILE_LIMIT)
     for layer in layers_to_compile(model):
         layer.compile(**{"dynamic": True} | options)
 

@@ -3,10 +3,14 @@
 At small batches and low levels a GPU works faster than a CPU can launch kernels. There is one graph for each batch
 size, each level (or pair of levels that share their head, in autoguidance) and each choice of skipping the core; all of
 them share one pool of memory. A batch that mixes levels becomes one replay per level.
+
+A graph captures a forward as a whole, so ``encode`` only keeps its arguments here, and ``at_levels`` runs everything.
 """
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -36,6 +40,9 @@ class Inputs(NamedTuple):
         return tree_map(lambda value: value[index] if isinstance(value, Tensor) else value, self)
 
 
+MAX_GRAPHS = 512  # of one model; forwards beyond them run kernel by kernel
+
+
 class Want(NamedTuple):
     """One velocity that is wanted of a sample.
 
@@ -61,6 +68,7 @@ class CudaGraph:
 
     Args:
         function: it reads its inputs where they lie now.
+        device: the current device.
         pool: memory that graphs share; they are never replayed at the same time.
     """
 
@@ -74,7 +82,7 @@ class CudaGraph:
                 function()
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.outputs = function()
 
     def replay(self) -> None:
@@ -101,7 +109,8 @@ class GraphedForward:
         self, model: Transformer, batch_sizes: Sequence[int], capture: Callable[..., Graph] = CudaGraph
     ) -> None:
         self.model, self.batch_sizes, self.capture = model, tuple(batch_sizes), capture
-        self.encode_now, self.at_levels_now = model.encode, model.at_levels_with_effects
+        kind = type(model)  # its own methods, also where a model is prepared a second time
+        self.encode_now, self.at_levels_now = partial(kind.encode, model), partial(kind.at_levels_with_effects, model)
         self.pool = torch.cuda.graph_pool_handle() if capture is CudaGraph else None
         self.captured: dict[Any, Captured | None] = {}  # None: it could not be captured
 
@@ -109,11 +118,13 @@ class GraphedForward:
         """Makes the model run its forwards here."""
         for name in ("encode", "at_levels", "at_levels_with_effects"):
             setattr(self.model, name, getattr(self, name))
+        self.model.is_captured = True
 
     # -------------------------------------------------------------------------------- in place of the model's methods
 
     def encode(self, x: Any, t: Tensor, y: Any = None) -> Any:
-        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():  # graphs have no backward
+        with_gradients = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        if with_gradients or torch.is_autocast_enabled(t.device.type):  # whose copies of weights do not outlive it
             return self.encode_now(x, t, y)
         self.model.check_input(x, t, y)
         return Inputs(x, t, y)
@@ -169,11 +180,13 @@ class GraphedForward:
         """Runs one group, in a graph where there is one of its size."""
         count = len(inputs.t)
         size = next((size for size in self.batch_sizes if size >= count), None)
+        if size is not None and size - count > max(2, count // 4):  # padding would cost more than launching
+            size = None
         tensors, spec = tree_flatten((inputs, given))
         key = size, wants, keep, tuple((leaf.shape[1:], leaf.dtype) for leaf in tensors if isinstance(leaf, Tensor))
         if size is None or (key in self.captured and self.captured[key] is None):
             return self._forward_now(inputs, wants, given, keep)
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), on_device(self.model.device):
             if key not in self.captured:
                 self.captured[key] = self._capture(tensors, spec, size, wants, keep)
             captured = self.captured[key]
@@ -195,10 +208,17 @@ class GraphedForward:
             leaf[:1].expand(size, *leaf.shape[1:]).clone() if isinstance(leaf, Tensor) else leaf for leaf in tensors
         ]
         inputs, given = tree_unflatten(static, spec)
+        if len(self.captured) >= MAX_GRAPHS:
+            logger.warning("there are %d graphs already: other batch sizes and shapes run without one", MAX_GRAPHS)
+            return None
         try:
             graph = self.capture(lambda: self._forward_now(inputs, wants, given, keep), self.model.device, self.pool)
         except torch.OutOfMemoryError:
             logger.warning("no memory is left for a graph of batch size %d: such batches run without one", size)
+            return None
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            logger.warning("batches of %d run without a graph, for they could not be captured: %s", size, reason)
             return None
         return Captured(graph, [leaf for leaf in static if isinstance(leaf, Tensor)])
 
@@ -214,3 +234,8 @@ class GraphedForward:
         ]
         changes = [core.effect() if keep and not want.skips else None for core, want in zip(cores, wants, strict=True)]
         return [model.decode(encoded, core) for core in cores], changes
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one: graphs are captured and replayed there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

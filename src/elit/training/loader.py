@@ -136,7 +136,7 @@ class BatchLoader:
         if self.device.type != "cuda":
             return batch
         with torch.cuda.device(self.device):  # of this thread, which would take the first GPU
-            return map_tensors(Tensor.pin_memory, batch)
+            return map_tensors(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory(), batch)
 
     def _levels(self, t: Tensor, level: int) -> list[int]:
         """Returns J~ of every sample: the step's, or by the sample's own noise level."""

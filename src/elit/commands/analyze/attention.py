@@ -39,6 +39,8 @@ class AttentionOptions(AnalysisOptions):
     def __post_init__(self) -> None:
         if self.images < 2 or self.draws < 1 or not self.times or not all(0 < t < 1 for t in self.times):
             raise ElitError("attention needs at least 2 images, 1 draw, and times between 0 and 1")
+        if self.compile:
+            raise ElitError("elit analyze attention looks inside a model, where a compiled one is closed: no --compile")
 
 
 def analyze_attention(options: AttentionOptions) -> dict[str, Any]:
