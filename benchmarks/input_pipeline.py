@@ -71,7 +71,7 @@ def measure(config: TrainConfig, prefetch: int, out: Path) -> tuple[float, float
     with closing(trainer.loader.batches(0, 0)) as batches:  # type: ignore[type-var]
         while prefetch == 0 and len(times) < EVERY:
             start = time.perf_counter()
-            next(batches)
+            next(batches).result()
             times.append(time.perf_counter() - start)
     trainer.run_to_end()
     lines = [json.loads(line) for line in (out / "speed.jsonl").read_text().splitlines()][1:]

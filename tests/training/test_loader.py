@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -52,21 +53,24 @@ def test_items_come_in_order_and_some_ahead() -> None:
         return place * place
 
     items = prefetch(take, range(6), ahead=2)
-    assert next(items) == 0
+    assert next(items).result() == 0
     deadline = time.monotonic() + 10
     while len(done) < 3 and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(0.02)
     assert done == [0, 1, 2]  # two more than were asked for, and no third
-    assert list(items) == [1, 4, 9, 16, 25]
+    assert [item.result() for item in items] == [1, 4, 9, 16, 25]
     assert not reading_threads()
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 def test_an_error_comes_at_its_own_place(ahead: int) -> None:
     seen: list[int] = []
-    with pytest.raises(ZeroDivisionError):
-        seen.extend(prefetch(lambda place: 6 // (3 - place), range(9), ahead))
+    with closing(prefetch(lambda place: 6 // (3 - place), range(9), ahead)) as items:  # type: ignore[type-var]
+        seen += [next(items).result() for _ in range(3)]
+        fourth = next(items)
+        with pytest.raises(ZeroDivisionError):
+            fourth.result()
     assert seen == [2, 3, 6]
     assert not reading_threads()
 

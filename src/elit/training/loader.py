@@ -54,6 +54,8 @@ class StepBatch(NamedTuple):
 
     def to(self, device: torch.device) -> "StepBatch":
         """Starts to copy all tensors to a device; from pinned memory, nothing waits for that."""
+        if device.type == "cpu":
+            return self
         return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), self)
 
 
@@ -94,10 +96,10 @@ class BatchLoader:
                 for level in self.batch_sizes
             }
 
-    def batches(self, step: int, seen: int) -> Iterator[StepBatch]:
+    def batches(self, step: int, seen: int) -> Iterator[Future[StepBatch]]:
         """Yields the batches of a step and those after it, to the end of the run, which a thread reads ahead.
 
-        Close the iterator to end the thread.
+        ``result()`` of each waits until it is read. Close the iterator to end the thread.
 
         Args:
             step: number of steps done.
@@ -146,11 +148,11 @@ class BatchLoader:
         return [self.model.level(by_noise(noise)) for noise in self.flow.noise_level(t).tolist()]
 
 
-def prefetch(read: Callable[[Place], Item], places: Iterable[Place], ahead: int) -> Iterator[Item]:
-    """Yields ``read(place)`` for each place in order, which a thread does up to ``ahead`` places early.
+def prefetch(read: Callable[[Place], Item], places: Iterable[Place], ahead: int) -> Iterator[Future[Item]]:
+    """Yields a future of ``read(place)`` for each place in order, which a thread does up to ``ahead`` places early.
 
-    An error of ``read`` is raised when its own place has come, and not before. The thread ends with the iterator:
-    at the last place, at an error, or when the iterator is closed.
+    An error of ``read`` is raised by the future of its own place. The thread ends with the iterator: after the last
+    place, or when it is closed.
     """
     thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     waiting: deque[Future[Item]] = deque()
@@ -158,8 +160,7 @@ def prefetch(read: Callable[[Place], Item], places: Iterable[Place], ahead: int)
         for place in places:
             waiting.append(thread.submit(read, place))
             if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+                yield waiting.popleft()
+        yield from waiting
     finally:
         thread.shutdown(cancel_futures=True)

@@ -179,8 +179,9 @@ class Trainer:
         self.stopped_by, self._skipped_in_a_row = None, 0
         with closing(self.loader.batches(self.step, self.seen)) as batches:  # type: ignore[type-var]
             while self.step < self.config.steps and not self.interrupted:
+                pending = next(batches)
                 with self.speedometer.waiting_for_data():
-                    batch = next(batches).to(self.accelerator.device)
+                    batch = pending.result().to(self.accelerator.device)
                 with deterministic_algorithms(self.config.deterministic):
                     report = self._train_step(batch)
                 if self.accelerator.num_processes == 1 and any(self._stop_requests.values()):
