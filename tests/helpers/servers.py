@@ -9,6 +9,7 @@ from typing import Any
 import uvicorn
 
 from elit.serving import Engine, EngineOptions
+from elit.serving.costs import CostTable
 from elit.serving.http import HttpOptions, create_app
 from elit.serving.parse import Defaults
 from elit.serving.pipeline import Pictures, Pipeline
@@ -41,8 +42,10 @@ def serving(pictures: Pictures, options: HttpOptions | None = None, **defaults: 
 
 
 def pipeline_of(model: Any, autoencoder: Any = None, text_encoder: Any = None, **options: Any) -> Pipeline:
-    """A model with an engine of its own."""
-    return Pipeline(Engine(model, EngineOptions(**options)), autoencoder, text_encoder)
+    """A model with an engine of its own, which takes every step to cost 1 ms and therefore measures nothing."""
+    levels = model.levels or (0,)
+    costs = CostTable(levels, (1, 16), ((1e-3, 1e-3),) * len(levels))
+    return Pipeline(Engine(model, EngineOptions(**options), costs), autoencoder, text_encoder)
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> None:

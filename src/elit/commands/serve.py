@@ -1,10 +1,14 @@
 """`elit serve`: a model behind OpenAI's image API, with a page."""
 
+import asyncio
 import os
+import signal
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from rich.console import Console
 
 from elit.commands.options import GuidanceOptions, ModelOptions
@@ -15,6 +19,10 @@ from elit.errors import ElitError
 from elit.launch import default_device
 from elit.models import Model
 from elit.serving import Engine, EngineOptions
+from elit.serving.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from elit.serving.replicas import Replicas
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -33,6 +41,8 @@ class ServeOptions(GuidanceOptions, ModelOptions):
             budgets are lowered for it. By default they stay at the highest.
         min_budget: budgets are never lowered below this; by default the lowest that was trained.
         queue_limit: how many images may wait to begin; further requests are refused with 429.
+        refuse_late: refuse requests, likewise, that are predicted to miss the latency objective even at the lowest
+            budget.
         steps: number of sampling steps.
         max_steps: the most that a request may ask for.
         solver: euler, heun (second order, two evaluations a step) or sde (adds noise at each step).
@@ -43,6 +53,12 @@ class ServeOptions(GuidanceOptions, ModelOptions):
         request_seconds: the longest time for an answer, the wait in the queue included.
         drain_seconds: how long SIGTERM lets accepted requests go on.
         page: whether to serve the page at /.
+        replicas: number of processes with an engine each, on a Ray cluster; by default the one engine of this process.
+        max_replicas: start more replicas under load, up to this many.
+        target_requests: requests on each replica above which more replicas are started.
+        replica_cpus: CPUs that the cluster keeps for a replica.
+        replica_gpus: GPUs that it keeps for one; by default 1 where the device is a GPU.
+        ray_address: of a running Ray cluster, such as auto; by default one is started on this machine.
     """
 
     host: str = "127.0.0.1"
@@ -52,6 +68,7 @@ class ServeOptions(GuidanceOptions, ModelOptions):
     latency_objective_ms: float | None = None
     min_budget: float | None = None
     queue_limit: int = 1024
+    refuse_late: bool = False
     steps: int = 40
     max_steps: int = 250
     solver: Literal["euler", "heun", "sde"] = "euler"
@@ -61,6 +78,12 @@ class ServeOptions(GuidanceOptions, ModelOptions):
     request_seconds: float = 600.0
     drain_seconds: float = 60.0
     page: bool = True
+    replicas: int | None = None
+    max_replicas: int | None = None
+    target_requests: float = 8.0
+    replica_cpus: float = 1.0
+    replica_gpus: float | None = None
+    ray_address: str | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= self.max_steps:
@@ -82,6 +105,7 @@ class ServeOptions(GuidanceOptions, ModelOptions):
             latency_objective=None if self.latency_objective_ms is None else self.latency_objective_ms / 1e3,
             min_budget=self.min_budget,
             queue_limit=self.queue_limit,
+            refuse_late=self.refuse_late,
             exit_on_death=True,
             path=self.path,
         )
@@ -105,44 +129,83 @@ class ServeOptions(GuidanceOptions, ModelOptions):
         return names
 
 
+def make_pipeline(options: ServeOptions) -> Pipeline:
+    """Loads the model, and what encodes prompts and decodes latents.
+
+    Raises:
+        ElitError: one of them is not there, or does not fit.
+    """
+    engine_options = options.engine_options()
+    model = options.load_model(default_device(options.device))
+    channels = model.config.in_channels
+    return Pipeline(
+        Engine(model, engine_options),
+        None if channels in PIXELS else load_autoencoder(options.autoencoder, channels),
+        open_encoder(options.text_encoder, str(model.device)) if model.takes_text else None,
+    )
+
+
+def make_replicas(options: ServeOptions) -> "Replicas":
+    """Starts replicas on a Ray cluster.
+
+    Raises:
+        ElitError: Ray is not installed, there is no such cluster, or a replica cannot be made.
+    """
+    options.engine_options()
+    replicas = options.replicas or 1
+    try:
+        from elit.serving.replicas import ReplicaOptions, Replicas
+    except ImportError as error:
+        raise ElitError(f"replicas need {error.name}: pip install 'elit-diffusion[scale-out]'") from error
+    gpus = options.replica_gpus
+    if gpus is None:
+        gpus = 0.0 if options.device == "cpu" or not torch.cuda.is_available() else 1.0
+    settings = ReplicaOptions(
+        replicas=replicas,
+        max_replicas=options.max_replicas,
+        target_requests=options.target_requests,
+        queue_limit=options.queue_limit,
+        cpus=options.replica_cpus,
+        gpus=gpus,
+        drain_seconds=options.drain_seconds,
+        address=options.ray_address,
+    )
+    return Replicas(partial(make_pipeline, options), settings)
+
+
 def serve(options: ServeOptions) -> None:
     """Serve a model over HTTP: OpenAI's image API, a page to try it, health and metrics.
 
     Under load, budgets are lowered so that answers stay in time. SIGTERM ends it when what was accepted is delivered.
+    SIGHUP replaces replicas by new ones, which load the weights again.
 
     Raises:
         ElitError: a wrong option, a model that is not there, or an address that is taken.
     """
     try:
         from elit.serving.http import HttpOptions, create_app
-        from elit.serving.page import mount_page
         from elit.serving.parse import Defaults
-        from elit.serving.pipeline import Pipeline
         from elit.serving.server import open_socket, run
     except ImportError as error:
         raise ElitError(f"serving needs {error.name}: pip install 'elit-diffusion[serve]'") from error
 
     console = Console(soft_wrap=True, highlight=False)
-    engine_options = options.engine_options()
+    guidance = options.make_guidance()
     listening = open_socket(options.host, options.port)
-    model = options.load_model(default_device(options.device))
-    channels = model.config.in_channels
-    pipeline = Pipeline(
-        Engine(model, engine_options),
-        None if channels in PIXELS else load_autoencoder(options.autoencoder, channels),
-        open_encoder(options.text_encoder, str(model.device)) if model.takes_text else None,
-    )
+    pictures = make_pipeline(options) if options.replicas is None else make_replicas(options)
     name = options.name or options.model
     defaults = Defaults(
         name=name,
         steps=options.steps,
         max_steps=options.max_steps,
         solver=options.solver,
-        guidance=options.make_guidance(),
-        class_names=options.read_class_names(model),
+        guidance=guidance,
+        class_names=options.read_class_names(pictures.model),
     )
-    app = create_app(pipeline, defaults, HttpOptions(options.api_key, request_seconds=options.request_seconds))
+    app = create_app(pictures, defaults, HttpOptions(options.api_key, request_seconds=options.request_seconds))
     if options.page:
+        from elit.serving.page import mount_page
+
         mount_page(app)
     host, port = listening.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -151,5 +214,8 @@ def serve(options: ServeOptions) -> None:
         console.print(f"serving {name} at [bold]{address}[/bold] (API below /v1, metrics at /metrics)")
         if options.host not in LOCAL and options.api_key is None:
             console.print("[bold]anybody who reaches this address may use it[/bold]; --api-key asks for a key")
+        if not isinstance(pictures, Pipeline):
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(pictures.update()))
 
     run(app, listening, options.drain_seconds, on_start)

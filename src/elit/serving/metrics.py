@@ -34,7 +34,7 @@ class Metrics(Observer):
             registry=self.registry,
         )
         self.steps = Counter(
-            "elit_steps", "Sampling steps of images, by the budget that was delivered", ["budget"],
+            "elit_steps", "Steps of finished images, by the budget that was delivered", ["budget"],
             registry=self.registry,
         )  # fmt: skip
         self.latency = Histogram(
@@ -68,7 +68,7 @@ class Metrics(Observer):
         return generate_latest(self.registry)
 
     def recent_budgets(self, seconds: float = RECENT_SECONDS) -> dict[float, int]:
-        """Returns how many steps were delivered at each budget in the last seconds."""
+        """Returns how many steps the images that were finished in the last seconds had at each budget."""
         since, total = time.monotonic() - seconds, Tally[float]()
         for when, budgets in list(self._recent):
             if when >= since:
@@ -80,15 +80,15 @@ class Metrics(Observer):
     def stepped(self, seconds: float, budgets: Sequence[float]) -> None:
         self.step_time.observe(seconds)
         self.batch.observe(len(budgets))
-        tally = Tally(budgets)
-        for budget, count in tally.items():
-            self.steps.labels(f"{budget:g}").inc(count)
-        self._recent.append((time.monotonic(), tally))
 
     def finished(self, request: Request, result: Finished) -> None:
         self.images.labels("finished").inc()
         self.latency.observe(result.latency)
         self.queued.observe(result.queued)
+        tally = Tally(result.budgets)
+        for budget, count in tally.items():
+            self.steps.labels(f"{budget:g}").inc(count)
+        self._recent.append((time.monotonic(), tally))
 
     def failed(self, request: Request, error: Exception) -> None:
         self.images.labels("failed").inc()

@@ -57,7 +57,7 @@ main.fillable { max-width: 1080px !important; margin: 0 auto !important; }
 .elit .chart u { display: block; width: 100%; background: var(--color-accent); border-radius: 2px 2px 0 0; }
 @media (max-width: 700px) {
   .elit.grid { grid-template-columns: repeat(4, 1fr); gap: 10px 8px; }
-  .elit.grid figcaption { font-size: 0.7rem; }
+  .elit.grid figcaption { font-size: 0.64rem; }
   .elit.load { grid-template-columns: repeat(2, 1fr); }
   .elit .chart div:nth-child(odd) { color: transparent; }
 }
@@ -316,7 +316,7 @@ class View:
             f"<div><i><u style='height: {100 * recent.get(budget, 0) / most:.0f}%'></u></i>{budget:.2g}</div>"
             for budget in sorted({*self.budgets, *recent})
         )
-        heading = "<span class='muted'>steps of the last minute, by budget</span>"
+        heading = "<span class='muted'>steps of the last minute's images, by budget</span>"
         return self._frame("load", f"{shown}<div class='tile wide'>{heading}<div class='chart'>{columns}</div></div>")
 
 
