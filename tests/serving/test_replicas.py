@@ -129,6 +129,13 @@ def test_the_http_interface_is_the_same(replicas: Replicas) -> None:
     assert replicas.status().cancelled == 10
 
 
+@pytest.mark.slow  # a cluster takes its time to start
+@pytest.mark.usefixtures("replicas")
+def test_a_model_that_is_not_there_is_told() -> None:
+    with pytest.raises(ElitError, match=r"could not be started.*no-such-model"):
+        Replicas(partial(make_pipeline, ServeOptions(model="no-such-model", device="cpu")))
+
+
 @pytest.mark.parametrize("error", [QueueFull(3, 2.0), ElitError("wrong"), RuntimeError("broken")])
 def test_errors_come_back_from_a_replica_as_they_were(error: Exception) -> None:
     back = Failure.of(error).error()

@@ -186,6 +186,9 @@ def serve(options: ServeOptions) -> None:
         from elit.serving.http import HttpOptions, create_app
         from elit.serving.parse import Defaults
         from elit.serving.server import open_socket, run
+
+        if options.page:
+            from elit.serving.page import mount_page
     except ImportError as error:
         raise ElitError(f"serving needs {error.name}: pip install 'elit-diffusion[serve]'") from error
 
@@ -204,8 +207,6 @@ def serve(options: ServeOptions) -> None:
     )
     app = create_app(pictures, defaults, HttpOptions(options.api_key, request_seconds=options.request_seconds))
     if options.page:
-        from elit.serving.page import mount_page
-
         mount_page(app)
     host, port = listening.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -5,6 +5,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is import
 
 import ray
 from ray import serve
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, RayServeException
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +144,9 @@ class Replica:
     async def generate(self, request: Request, prompt: str | None) -> AsyncGenerator[PictureEvent | Failure]:
         """Yields what :meth:`Pipeline.generate` does, and errors as :class:`Failure`."""
         try:
-            async for event in self.pipeline.generate(request, prompt):
-                yield event
+            async with aclosing(self.pipeline.generate(request, prompt)) as events:
+                async for event in events:
+                    yield event
         except Exception as error:
             yield Failure.of(error)
 
@@ -170,7 +172,7 @@ class Replicas(Pictures):
         options: see :class:`ReplicaOptions`.
 
     Raises:
-        ElitError: there is no cluster at the address.
+        ElitError: there is no cluster at the address, or a replica cannot be made.
     """
 
     def __init__(self, make_pipeline: MakePipeline, options: ReplicaOptions | None = None) -> None:
@@ -185,7 +187,12 @@ class Replicas(Pictures):
         if self._started_ray:
             _connect(self.options)
         serve.start(proxy_location="Disabled")  # the HTTP interface is ours
-        self._deploy()
+        try:
+            self._deploy()
+        except RuntimeError as error:
+            asyncio.run(self.close())
+            reason = str(error).strip().splitlines()[-1]
+            raise ElitError(f"the replicas could not be started: {reason}") from error
         self.description: Description = self._handle.describe.remote().result()
         self.model: Model = on_meta(self.description.config)
         if self.model.levels != self.description.levels:
@@ -235,12 +242,13 @@ class Replicas(Pictures):
         self._waiting += 1
         is_waiting = True
         try:
-            async for event in self._attempts(request, prompt):
-                if is_waiting:
-                    is_waiting, self._waiting, self._in_flight = False, self._waiting - 1, self._in_flight + 1
-                if isinstance(event, Picture):
-                    outcome, told = "finished", [self._finished(event)]
-                yield event
+            async with aclosing(self._attempts(request, prompt)) as events:
+                async for event in events:
+                    if is_waiting:
+                        is_waiting, self._waiting, self._in_flight = False, self._waiting - 1, self._in_flight + 1
+                    if isinstance(event, Picture):
+                        outcome, told = "finished", [self._finished(event)]
+                    yield event
         except QueueFull:
             outcome = "refused"
             raise
@@ -273,7 +281,7 @@ class Replicas(Pictures):
                         return
             except BackPressureError as error:
                 raise _queue_full("all replicas have as many requests as they take", RETRY_SECONDS) from error
-            except ray.exceptions.RayActorError as error:
+            except (ray.exceptions.RayError, RayServeException) as error:  # errors of a picture come as a Failure
                 logger.warning("a replica died; its picture is made again: %s", str(error).splitlines()[0])
             finally:
                 response.cancel()
