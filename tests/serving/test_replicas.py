@@ -14,6 +14,7 @@ import torch
 
 import elit
 from elit import ElitError
+from elit.cli import main
 from elit.commands.serve import ServeOptions, make_pipeline
 from elit.serving.pipeline import PartialPicture, Picture
 from elit.serving.replicas import Failure, ReplicaOptions, Replicas
@@ -129,13 +130,6 @@ def test_the_http_interface_is_the_same(replicas: Replicas) -> None:
     assert replicas.status().cancelled == 10
 
 
-@pytest.mark.slow  # a cluster takes its time to start
-@pytest.mark.usefixtures("replicas")
-def test_a_model_that_is_not_there_is_told() -> None:
-    with pytest.raises(ElitError, match=r"could not be started.*no-such-model"):
-        Replicas(partial(make_pipeline, ServeOptions(model="no-such-model", device="cpu")))
-
-
 @pytest.mark.parametrize("error", [QueueFull(3, 2.0), ElitError("wrong"), RuntimeError("broken")])
 def test_errors_come_back_from_a_replica_as_they_were(error: Exception) -> None:
     back = Failure.of(error).error()
@@ -144,7 +138,13 @@ def test_errors_come_back_from_a_replica_as_they_were(error: Exception) -> None:
     assert str(error) in str(back)
 
 
-def test_wrong_options_are_told() -> None:
+def test_wrong_options_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*options: str) -> str:
+        assert main(["serve", "--port", "0", *options]) == 2
+        return capsys.readouterr().err
+
+    assert "no-such-model" in said("--model", "no-such-model", "--replicas", "2")
+    assert "replicas is 0" in said("--model", str(folder), "--replicas", "0")
     with pytest.raises(ElitError, match="replicas is 0"):
         ReplicaOptions(replicas=0)
     with pytest.raises(ElitError, match="at least replicas, 2"):

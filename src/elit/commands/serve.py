@@ -18,6 +18,7 @@ from elit.data.text import open_encoder
 from elit.errors import ElitError
 from elit.launch import default_device
 from elit.models import Model
+from elit.models.files import resolve
 from elit.serving import Engine, EngineOptions
 from elit.serving.pipeline import Pipeline
 
@@ -152,7 +153,7 @@ def make_replicas(options: ServeOptions) -> "Replicas":
         ElitError: Ray is not installed, there is no such cluster, or a replica cannot be made.
     """
     options.engine_options()
-    replicas = options.replicas or 1
+    resolve(options.model)  # told now, and not by every replica
     try:
         from elit.serving.replicas import ReplicaOptions, Replicas
     except ImportError as error:
@@ -161,7 +162,7 @@ def make_replicas(options: ServeOptions) -> "Replicas":
     if gpus is None:
         gpus = 0.0 if options.device == "cpu" or not torch.cuda.is_available() else 1.0
     settings = ReplicaOptions(
-        replicas=replicas,
+        replicas=1 if options.replicas is None else options.replicas,
         max_replicas=options.max_replicas,
         target_requests=options.target_requests,
         queue_limit=options.queue_limit,
