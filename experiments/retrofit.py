@@ -326,7 +326,11 @@ def report(setting: Setting) -> None:
                     continue
                 accuracy = interval(each["accuracy"] for each in points)
                 distance = interval(each["frechet_distance"] for each in points)
-                cells = (budget_label(budget), shown(accuracy, 3), shown(distance, 2), str(len(points)))
+                alone = len(points) == 1  # no interval
+                values = (
+                    (f"{accuracy[0]:.3f}", f"{distance[0]:.2f}") if alone else (shown(accuracy, 3), shown(distance, 2))
+                )
+                cells = (budget_label(budget), *values, str(len(points)))
                 quality.add_row(f"start {start}", f"{mark:,}", *cells)
                 series.setdefault(start, {}).setdefault(budget_label(budget), []).append((mark, distance[0]))
     console.print(quality)
