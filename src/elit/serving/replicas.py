@@ -212,9 +212,17 @@ class Replicas(Pictures):
         pass  # they run already: what they can do had to be asked first
 
     async def update(self) -> None:
-        """Replaces the replicas by new ones, which load the weights again, while the others go on."""
+        """Replaces the replicas by new ones, which load the weights again, while the others go on.
+
+        If that fails, the log says so, and the replicas that there are go on.
+        """
         logger.info("replacing the replicas")
-        await asyncio.to_thread(self._deploy)
+        try:
+            await asyncio.to_thread(self._deploy)
+        except Exception as error:
+            if not self._is_closed:  # the cluster is gone then
+                logger.error("the replicas could not be replaced: %s", str(error).strip().splitlines()[-1])
+            return
         logger.info("the replicas are new")
 
     async def close(self, drain: bool = True) -> None:
