@@ -285,6 +285,10 @@ def test_what_cannot_be_made_elastic_is_named() -> None:
         elit.elastify(torch.nn.Linear(2, 2))
     with refusal("elastic already"):
         elit.elastify(elit.elastify(dit()))
+    cached = flux()
+    cached.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    with refusal("has hooks, of offload or a cache; make it elastic first"):
+        elit.elastify(cached)
     with refusal("edits pictures"):
         elit.elastify(diffusers.QwenImageTransformer2DModel(**{**qwen().config, "zero_cond_t": True}))
 

@@ -378,6 +378,10 @@ def elastic_version(
         known = ", ".join(sorted(each.__name__ for each in FAMILIES))
         reason = REASONS.get(kind.__name__)
         raise ElitError(f"{kind.__name__} cannot be made elastic{f': {reason}' if reason else ''}; take one of {known}")
+    if any("forward" in vars(module) for module in transformer.modules()):  # a hook of diffusers or accelerate
+        raise ElitError(
+            f"this {kind.__name__} has hooks, of offload or a cache; make it elastic first, then enable them"
+        )
     return FAMILIES[kind].made_of(
         transformer,
         read_after=read_after,
