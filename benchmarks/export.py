@@ -65,7 +65,7 @@ def file_of(name: str, way: str, folder: Path) -> Path | None:
 
 def measure(name: str, way: str, file: Path | None, seconds: float) -> dict[str, Any]:
     """Loads a model and times its forward at every level and batch; this process does nothing else."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_memory()
     start = time.perf_counter()
     model = build(name) if file is None else elit.load_exported(file, trust_native_code=True)
     if way == "compile":
@@ -86,9 +86,15 @@ def measure(name: str, way: str, file: Path | None, seconds: float) -> dict[str,
                     model(*inputs[batch], num_latents=level)
                     samples[level].append(time.perf_counter() - begin)
             rows[str(batch)] = {str(level): min(of) * 1e3 for level, of in samples.items()}
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    memory = resident_memory() - before
     size = None if file is None else file.stat().st_size
-    return {"start_seconds": started, "memory_mib": memory / 1024, "file_bytes": size, "milliseconds": rows}
+    return {"start_seconds": started, "memory_mib": memory / 2**20, "file_bytes": size, "milliseconds": rows}
+
+
+def resident_memory() -> int:
+    """Returns the bytes of memory that this process holds, on Linux."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 def example(name: str, batch: int) -> tuple[Any, ...]:
