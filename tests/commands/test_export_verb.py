@@ -47,10 +47,9 @@ def test_the_decoder_is_written_beside_the_file(tmp_path: Path) -> None:
                  "--autoencoder", f"{tmp_path}/vae"]) == 0  # fmt: skip
     session = onnxruntime.InferenceSession(tmp_path / "m-decoder.onnx")
     autoencoder = load_autoencoder(tmp_path / "vae", 4)
-    for batch in (1, 2):
-        latents = torch.randn(batch, 4, 8, 8)
-        (found,) = session.run(None, {"latents": latents.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), decode(latents, autoencoder), rtol=0, atol=1e-4)
+    latents = torch.randn(1, 4, 8, 8)
+    (found,) = session.run(None, {"latents": latents.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), decode(latents, autoencoder), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
