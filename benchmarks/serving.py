@@ -174,7 +174,7 @@ class Setup:
 
     def options(self, policy: Policy) -> EngineOptions:
         """Returns the options of the engine under a policy."""
-        return EngineOptions(self.objective, refuse_late=True, max_work=policy.max_work)
+        return EngineOptions(self.objective, max_work=policy.max_work)
 
 
 def prepare(
@@ -544,12 +544,13 @@ def benchmark(
         minutes: no cell begins that would end later; call again to go on.
         seed: of the arrivals.
         clock: wall, the engine in real time; or processor, see above.
-        out: the folder of all cells, one for each model and clock.
+        out: the folder of all cells, one for each model; each clock has a folder in it.
         figure: where to draw the figure, without its ending.
     """
     until = time.monotonic() + 60 * minutes
     net, is_digits = load_model(model)
     guidance = Guidance("cfg", guidance_scale) if is_digits and guidance_scale != 1 else None
+    out = out / clock
     out.mkdir(parents=True, exist_ok=True)
     setup = prepare(net, steps, guidance, objective, out, clock)
     console.print(

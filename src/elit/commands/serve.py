@@ -69,7 +69,7 @@ class ServeOptions(GuidanceOptions, ModelOptions):
     latency_objective_ms: float | None = None
     min_budget: float | None = None
     queue_limit: int = 1024
-    refuse_late: bool = False
+    refuse_late: bool = True
     steps: int = 40
     max_steps: int = 250
     solver: Literal["euler", "heun", "sde"] = "euler"

@@ -66,7 +66,7 @@ class EngineOptions:
     latency_objective: float | None = None
     min_budget: float | None = None
     queue_limit: int = 1024
-    refuse_late: bool = False
+    refuse_late: bool = True
     max_work: float | None = None
     controller: ControllerOptions = field(default_factory=ControllerOptions)
     stuck_after: float = 30.0
@@ -428,13 +428,22 @@ class Engine:
             self._delivered.update(budgets)
         self._observe("stepped", seconds, budgets)
         for ticket, good in zip(advanced, finite, strict=True):
-            trajectory = ticket.trajectory
-            if not good:
-                self._fail(ticket, NotFiniteError("the image became infinite or not a number on its way"))
-            elif trajectory.is_done:
-                self._finish(ticket, now)
-            elif trajectory.step > before[ticket] and trajectory.step in ticket.previews:
-                self._send(ticket, Preview(trajectory.step, trajectory.steps, trajectory.preview()[0].cpu()))
+            try:
+                self._report(ticket, good, now, before[ticket])
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:  # out of memory, say: the others go on
+                self._fail(ticket, error)
+
+    def _report(self, ticket: Ticket, is_finite: bool, now: float, step_before: int) -> None:
+        """Sends what there is to say of a request after an evaluation."""
+        trajectory = ticket.trajectory
+        if not is_finite:
+            self._fail(ticket, NotFiniteError("the image became infinite or not a number on its way"))
+        elif trajectory.is_done:
+            self._finish(ticket, now)
+        elif trajectory.step > step_before and trajectory.step in ticket.previews:
+            self._send(ticket, Preview(trajectory.step, trajectory.steps, trajectory.preview()[0].cpu()))
 
     def _advance(self, batch: Sequence[Ticket]) -> list[Ticket]:
         """Does the next evaluation of a batch and returns those that had it.
@@ -560,5 +569,7 @@ def are_finite(flight: Sequence[Trajectory]) -> list[bool]:
     """Tells of each trajectory whether its state is finite."""
     if not flight:
         return []
-    finite: list[bool] = torch.cat([trajectory.x for trajectory in flight]).flatten(1).isfinite().all(1).tolist()
-    return finite
+    try:
+        return list(torch.cat([trajectory.x for trajectory in flight]).flatten(1).isfinite().all(1).tolist())
+    except torch.OutOfMemoryError:
+        return [bool(trajectory.x.isfinite().all()) for trajectory in flight]
