@@ -10,7 +10,8 @@ quickstart: $(VENV)/.installed  ## train a small elastic model on real digits an
 
 demo: $(VENV)/.installed  ## serve the model of the quickstart, which is trained first where there is none (3 minutes)
 	$(BIN)/elit train --config configs/train/digits.yaml --out runs/quickstart/run
-	$(BIN)/elit serve --model runs/quickstart/run --name digits --steps 16 --guidance ccfg --guidance-scale 2
+	$(BIN)/elit serve --model runs/quickstart/run --name digits --steps 16 --guidance ccfg --guidance-scale 2 \
+		--latency-objective-ms 2000
 
 test: $(VENV)/.installed lint  ## lint, types and all tests but the slow ones
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report=term -m "not slow"

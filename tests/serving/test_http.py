@@ -1,5 +1,6 @@
 """The HTTP interface, as clients see it: curl, the openai package, and those who send nonsense or go away."""
 
+import asyncio
 import base64
 import io
 import json
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,12 +24,16 @@ from PIL import Image
 
 import elit
 from elit.cli import main
+from elit.commands.serve import ServeOptions
 from elit.data.autoencoder import load_autoencoder
 from elit.data.captions import WordVectors
 from elit.interface import InterfaceConfig
 from elit.models import MMDiT, MMDiTConfig
-from elit.serving.http import HttpOptions, create_app
+from elit.serving.answers import Answer
+from elit.serving.http import EventStream, HttpOptions, create_app
+from elit.serving.parse import Defaults
 from elit.serving.pipeline import Pipeline
+from elit.serving.schema import ImagesRequest
 from tests.helpers.models import randomize, tiny
 from tests.helpers.servers import pipeline_of, running, serving, wait_until
 from tests.helpers.small_autoencoder import save_autoencoder
@@ -318,6 +324,35 @@ def test_a_client_that_goes_away_is_cancelled(pipeline: Pipeline, address: str, 
     assert generate(address, prompt="3").status_code == 200
 
 
+def test_a_stream_that_is_cancelled_while_it_sends_cancels_its_images() -> None:
+    pipeline, told = pipeline_of(tiny()), list[Any]()
+
+    async def cancelled_while_sending() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        body, sending = ImagesRequest(prompt="3", n=10, steps=LONG, stream=True, partial_images=3), asyncio.Event()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                sending.set()
+                await asyncio.Event().wait()  # a client that does not read
+
+        wanted = Defaults("tiny").wanted(body, pipeline.model, pipeline.size)
+        stream = await EventStream.begin(Answer(body, wanted, pipeline, "tiny"), 60)
+        scope: Any = {"type": "http", "asgi": {"spec_version": "2.4"}}
+        task = asyncio.create_task(stream(scope, asyncio.Event().wait, send))  # type: ignore[arg-type]
+        await asyncio.wait_for(sending.wait(), 30)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert pipeline.status().queued + pipeline.status().in_flight == 0
+
+    with pipeline.engine:
+        assert pipeline.engine.wait_until_ready(30)
+        asyncio.run(cancelled_while_sending())
+    assert pipeline.status().cancelled == 10
+    assert told == []
+
+
 def test_an_image_that_fails_fails_alone() -> None:
     model = tiny()
     with torch.no_grad():
@@ -357,6 +392,16 @@ def test_health_says_when_a_step_is_stuck() -> None:
         wait_until(lambda: httpx.get(address + "/health").status_code == 200)
     assert health.status_code == 503
     assert health.json()["live"] is False and health.json()["seconds_in_step"] >= 0.1
+
+
+def test_an_engine_that_died_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = pipeline_of(tiny())
+    monkeypatch.setattr(pipeline.engine, "warm_up", lambda: 1 / 0)
+    with running(create_app(pipeline)) as address:
+        wait_until(lambda: not pipeline.status().alive)
+        health, refused = httpx.get(address + "/health"), generate(address, prompt="3")
+    assert (health.status_code, health.json()["status"]) == (503, "dead")
+    assert refused.status_code == 503 and "has failed" in refused.json()["error"]["message"]
 
 
 def test_metrics_count_what_happened() -> None:
@@ -413,6 +458,55 @@ def test_sigterm_delivers_what_was_accepted_and_exits_with_0(saved: Path) -> Non
             process.kill()
 
 
+STUCK = """
+import sys, threading
+from elit.cli import main
+from elit.models import DiT
+step = DiT.encode
+
+def stuck(self, x, *given, **named):
+    if threading.current_thread().name == "elit-engine" and BEGIN.exists():
+        threading.Event().wait()
+    return step(self, x, *given, **named)
+
+from pathlib import Path
+BEGIN = Path(sys.argv[1])
+DiT.encode = stuck
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(("signals", "seconds", "code"), [([signal.SIGTERM], "0.5", 1), ([signal.SIGINT] * 2, "60", 1)])
+def test_a_stuck_step_does_not_keep_the_process(
+    saved: Path, tmp_path: Path, signals: list[signal.Signals], seconds: str, code: int
+) -> None:
+    begin = tmp_path / "begin"
+    options = ["serve", "--model", str(saved), "--port", "0", "--page", "false", "--drain-seconds", seconds]
+    command = [sys.executable, "-c", STUCK, str(begin), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = next(found[0] for line in process.stdout if (found := re.search(r"http://[\d.:]+", line)))
+            wait_until(lambda: httpx.get(address + "/health").status_code == 200)
+            process.send_signal(signal.SIGHUP)  # which does nothing
+            begin.touch()
+            with ThreadPoolExecutor() as pool:
+                waiting = pool.submit(generate, address, prompt="3")
+                wait_until(lambda: httpx.get(address + "/health").json()["in_flight"] > 0)
+                for each in signals:
+                    process.send_signal(each)
+                    time.sleep(0.3)  # else they are one
+                assert process.wait(30) == code
+                assert waiting.exception() is not None or waiting.result().status_code == 503
+            assert "a step has not ended" in process.stdout.read()
+        finally:
+            process.kill()
+
+
+def test_the_key_is_not_shown() -> None:
+    assert "secret" not in repr(ServeOptions(model="any", api_key="secret"))
+
+
 def test_wrong_options_end_with_2(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def said(*options: str) -> str:
         assert main(["serve", "--model", str(saved), *options]) == 2
@@ -426,6 +520,7 @@ def test_wrong_options_end_with_2(saved: Path, tmp_path: Path, capsys: pytest.Ca
     assert "cannot listen" in said("--host", "no such host")
     assert "port is 70000" in said("--port", "70000")
     assert "steps is 0" in said("--steps", "0")
+    assert "max_replicas needs replicas" in said("--max-replicas", "4")
     assert "has 2 lines; the model has 10 classes" in said("--port", "0", "--class-names", str(tmp_path / "names.txt"))
     assert "latency_objective" in said("--latency-objective-ms", "-1")
     assert "min_budget" in said("--min-budget", "2")

@@ -115,6 +115,14 @@ def test_new_weights_come_without_a_gap(replicas: Replicas, folder: Path) -> Non
 
 
 @pytest.mark.slow  # a cluster takes its time to start
+def test_others_on_the_same_cluster_go_on(replicas: Replicas, folder: Path) -> None:
+    options = ServeOptions(model=str(folder), device="cpu")
+    others = Replicas(partial(make_pipeline, options), ReplicaOptions(replicas=1, cpus=0.0, drain_seconds=5))
+    asyncio.run(others.close())
+    assert asyncio.run(picture_of(replicas, 3)).seed == 3
+
+
+@pytest.mark.slow  # a cluster takes its time to start
 def test_the_http_interface_is_the_same(replicas: Replicas) -> None:
     with serving(replicas) as address:
         url = address + "/v1/images/generations"

@@ -3,7 +3,8 @@
 import asyncio
 import os
 import signal
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -65,7 +66,7 @@ class ServeOptions(GuidanceOptions, ModelOptions):
     host: str = "127.0.0.1"
     port: int = 8000
     name: str | None = None
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     latency_objective_ms: float | None = None
     min_budget: float | None = None
     queue_limit: int = 1024
@@ -94,6 +95,9 @@ class ServeOptions(GuidanceOptions, ModelOptions):
                 raise ElitError(f"{name} is {getattr(self, name)}; it must be a number of seconds above 0")
         if not 0 <= self.port < 2**16:
             raise ElitError(f"port is {self.port}; it must be between 0 and 65535")
+        for name in ("max_replicas", "ray_address"):
+            if self.replicas is None and getattr(self, name) is not None:
+                raise ElitError(f"{name} needs replicas; say how many there are, such as --replicas 2")
         self.api_key = self.api_key or os.environ.get("ELIT_API_KEY") or None
 
     def engine_options(self) -> EngineOptions:
@@ -171,14 +175,16 @@ def make_replicas(options: ServeOptions) -> "Replicas":
         drain_seconds=options.drain_seconds,
         address=options.ray_address,
     )
-    return Replicas(partial(make_pipeline, options), settings)
+    theirs = copy(options)
+    theirs.api_key = None  # the HTTP interface asks for it, which is here
+    return Replicas(partial(make_pipeline, theirs), settings)
 
 
 def serve(options: ServeOptions) -> None:
     """Serve a model over HTTP: OpenAI's image API, a page to try it, health and metrics.
 
     Under load, budgets are lowered so that answers stay in time. SIGTERM ends it when what was accepted is delivered.
-    SIGHUP replaces replicas by new ones, which load the weights again.
+    SIGHUP replaces replicas by new ones, which load the weights again; without replicas it does nothing.
 
     Raises:
         ElitError: a wrong option, a model that is not there, or an address that is taken.
@@ -206,18 +212,29 @@ def serve(options: ServeOptions) -> None:
         guidance=guidance,
         class_names=options.read_class_names(pictures.model),
     )
-    app = create_app(pictures, defaults, HttpOptions(options.api_key, request_seconds=options.request_seconds))
+    http_options = HttpOptions(
+        options.api_key, request_seconds=options.request_seconds, drain_seconds=options.drain_seconds
+    )
+    app = create_app(pictures, defaults, http_options)
     if options.page:
         mount_page(app)
     host, port = listening.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
+    updates = set[asyncio.Task[None]]()  # the loop itself keeps no task alive
+
+    def on_hangup() -> None:
+        if isinstance(pictures, Pipeline):
+            console.print("SIGHUP replaces replicas, and there are none; to load new weights, start again")
+            return
+        update = asyncio.get_running_loop().create_task(pictures.update())
+        updates.add(update)
+        update.add_done_callback(updates.discard)
+
     def on_start() -> None:
         console.print(f"serving {name} at [bold]{address}[/bold] (API below /v1, metrics at /metrics)")
         if options.host not in LOCAL and options.api_key is None:
             console.print("[bold]anybody who reaches this address may use it[/bold]; --api-key asks for a key")
-        if not isinstance(pictures, Pipeline):
-            loop = asyncio.get_running_loop()
-            loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(pictures.update()))
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_hangup)
 
-    run(app, listening, options.drain_seconds, on_start)
+    run(app, listening, on_start)

@@ -3,8 +3,9 @@
 import asyncio
 import hmac
 import json
+import math
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -30,6 +31,7 @@ from elit.serving.request import EngineClosedError
 T = TypeVar("T")
 
 GENERATIONS = "/v1/images/generations"
+LAST_STEP_SECONDS = 5.0  # in which the step that is running when the server closes should end
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.ErrorResponse, "description": description}
     for status, description in {
@@ -39,9 +41,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         408: "The body took too long to arrive.",
         413: "The body is too large.",
         422: "A field is missing.",
-        429: "The queue is full; Retry-After says when to try again.",
+        429: "The queue is full, or the image would come too late; Retry-After says when to try again.",
         500: "The image could not be made.",
-        503: "The server is starting or stopping, or the image was not finished in time.",
+        503: "The server is starting or stopping, or has failed, or the image was not finished in time.",
     }.items()
 }
 
@@ -55,12 +57,14 @@ class HttpOptions:
         max_body_bytes: the largest body of a request.
         body_seconds: how long a body may take to arrive.
         request_seconds: how long an answer may take, the wait in the queue included.
+        drain_seconds: how long what was accepted may go on when the server stops.
     """
 
     api_key: str | None = None
     max_body_bytes: int = 256 * 1024
     body_seconds: float = 10.0
     request_seconds: float = 600.0
+    drain_seconds: float = 60.0
 
 
 def create_app(pictures: Pictures, defaults: Defaults | None = None, options: HttpOptions | None = None) -> FastAPI:
@@ -78,8 +82,8 @@ def create_app(pictures: Pictures, defaults: Defaults | None = None, options: Ht
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await pictures.start()
         yield
-        service.is_draining = True
-        await pictures.close()
+        await service.drain()
+        await pictures.close(drain=False, timeout=LAST_STEP_SECONDS)
 
     app = FastAPI(
         title="ELIT", version=__version__, summary="Images at a budget that follows the load.", lifespan=lifespan
@@ -110,18 +114,23 @@ class Service:
         self.metrics = Metrics(pictures.status)
         pictures.observers.append(self.metrics)
         self.is_draining = False
+        self._drained_by = math.inf
         self.open_answers = 0
         self.created = int(time.time())
 
-    async def drain(self, seconds: float) -> None:
-        """Refuses new images, and waits until those that were accepted are delivered, or some seconds have passed."""
+    async def drain(self) -> None:
+        """Refuses new images, and waits until those that were accepted are delivered, or the time for it is over."""
         self.is_draining = True
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        self._drained_by = min(self._drained_by, time.monotonic() + self.options.drain_seconds)
+        while time.monotonic() < self._drained_by:
             status = self.pictures.status()
             if not (self.open_answers or (status.alive and status.queued + status.in_flight)):
                 return
             await asyncio.sleep(0.02)
+
+    def give_up(self) -> None:
+        """Ends :meth:`drain` at once."""
+        self._drained_by = -math.inf
 
     def router(self) -> APIRouter:
         """Returns the routes."""
@@ -151,9 +160,10 @@ class Service:
 
     async def generate(self, body: schema.ImagesRequest, request: Request) -> Any:
         """Makes `n` images. Under load, images without a fixed budget run at lower ones; the answer says at which."""
-        if self.is_draining or not self.pictures.status().ready:
-            doing = "stopping" if self.is_draining else "starting"
-            raise ApiError(503, f"the server is {doing}; try again later", "unavailable", retry=RETRY_SECONDS)
+        status = self.pictures.status()
+        if self.is_draining or not status.ready:
+            how = "is stopping" if self.is_draining else "is starting" if status.alive else "has failed"
+            raise ApiError(503, f"the server {how}; try again later", "unavailable", retry=RETRY_SECONDS)
         self.check_model(body.model)
         wanted = self.defaults.wanted(body, self.pictures.model, self.pictures.size)
         answer = Answer(body, wanted, self.pictures, self.defaults.name)
@@ -226,7 +236,8 @@ class EventStream(StreamingResponse):
     """Sends the events of an answer as server-sent events, and cancels what is left when the client goes away."""
 
     def __init__(self, answer: Answer, seconds: float) -> None:
-        super().__init__(self._lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.lines = self._lines()
+        super().__init__(self.lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self.answer, self.seconds = answer, seconds
 
     @classmethod
@@ -240,10 +251,10 @@ class EventStream(StreamingResponse):
         return cls(answer, seconds)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self.answer:
+        async with self.answer, aclosing(self.lines):  # the images of an answer can be closed when nobody reads them
             await super().__call__(scope, receive, send)
 
-    async def _lines(self) -> AsyncIterator[str]:
+    async def _lines(self) -> AsyncGenerator[str]:
         deadline = asyncio.get_running_loop().time() + self.seconds
         try:
             async with aclosing(self.answer.events()) as events:

@@ -82,8 +82,12 @@ class Pictures(Protocol):
     async def start(self) -> None:
         """Begins to start; ``status().ready`` says when requests are taken."""
 
-    async def close(self, drain: bool = True) -> None:
-        """Stops; with ``drain`` it first finishes what was accepted."""
+    async def close(self, drain: bool = True, timeout: float | None = None) -> None:
+        """Stops; with ``drain`` it first finishes what was accepted.
+
+        Args:
+            timeout: seconds after which a step that does not end is left alone; None waits for it.
+        """
 
     def status(self) -> EngineStatus:
         """Returns how it is at this moment."""
@@ -139,9 +143,9 @@ class Pipeline(Pictures):
     async def start(self) -> None:
         self.engine.start()
 
-    async def close(self, drain: bool = True) -> None:
-        await asyncio.to_thread(self.engine.close, drain=drain)
-        self._threads.shutdown()
+    async def close(self, drain: bool = True, timeout: float | None = None) -> None:
+        await asyncio.to_thread(self.engine.close, drain=drain, timeout=timeout)
+        self._threads.shutdown(wait=timeout is None)
 
     def status(self) -> EngineStatus:
         return self.engine.status()

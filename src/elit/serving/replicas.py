@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -25,7 +26,6 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 
 logger = logging.getLogger(__name__)
 
-APP = "elit"
 ATTEMPTS = 5  # of one picture, each on a replica that lives
 RETRY_SECONDS = 1.0  # after which a full queue may be asked again
 HEALTH_SECONDS = 2.0  # between looks at the health of a replica
@@ -183,8 +183,10 @@ class Replicas(Pictures):
         self._budget = 1.0
         self._waiting = self._in_flight = 0
         self._is_closed = False
-        self._started_ray = not ray.is_initialized()
-        if self._started_ray:
+        self._app = f"elit-{uuid.uuid4().hex[:8]}"  # others may have theirs on the same cluster
+        self._connected = not ray.is_initialized()
+        self._owns_cluster = self._connected and self.options.address is None
+        if self._connected:
             _connect(self.options)
         serve.start(proxy_location="Disabled")  # the HTTP interface is ours
         try:
@@ -202,7 +204,7 @@ class Replicas(Pictures):
     def _deploy(self) -> None:
         """Starts the replicas or, where there are some, replaces them one after the other."""
         deployment = serve.deployment(**self.options.deployment())(Replica)
-        self._handle = serve.run(deployment.bind(self.make_pipeline), name=APP, route_prefix=None)
+        self._handle = serve.run(deployment.bind(self.make_pipeline), name=self._app, route_prefix=None)
 
     @property
     def costs(self) -> CostTable | None:
@@ -225,10 +227,15 @@ class Replicas(Pictures):
             return
         logger.info("the replicas are new")
 
-    async def close(self, drain: bool = True) -> None:
+    async def close(self, drain: bool = True, timeout: float | None = None) -> None:
+        if self._is_closed:
+            return
         self._is_closed = True
-        await asyncio.to_thread(serve.shutdown)
-        if self._started_ray:
+        if self._owns_cluster:
+            await asyncio.to_thread(serve.shutdown)
+        else:  # others may use the cluster
+            await asyncio.to_thread(serve.delete, self._app)
+        if self._connected:
             await asyncio.to_thread(ray.shutdown)
 
     def status(self) -> EngineStatus:

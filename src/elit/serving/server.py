@@ -1,5 +1,7 @@
 """Runs the application of a server on a socket, until a signal ends it."""
 
+import logging
+import os
 import signal
 import socket
 from collections.abc import Callable
@@ -10,7 +12,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from elit.errors import ElitError
-from elit.serving.http import Service
+from elit.serving.http import LAST_STEP_SECONDS, Service
+from elit.serving.pipeline import Pipeline
+
+logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 30  # for which an idle connection stays open
 MAX_CONNECTIONS = 4096
@@ -32,13 +37,14 @@ def open_socket(host: str, port: int) -> socket.socket:
     return opened
 
 
-def run(app: FastAPI, listening: socket.socket, drain_seconds: float, on_start: Callable[[], None]) -> None:
+def run(app: FastAPI, listening: socket.socket, on_start: Callable[[], None]) -> None:
     """Serves an application until SIGTERM or Ctrl-C, and then delivers what was accepted before.
+
+    A second Ctrl-C gives up what is not delivered. If a step never ends, the process ends without it, with 1.
 
     Args:
         app: of :func:`elit.serving.http.create_app`.
         listening: a bound socket.
-        drain_seconds: how long to go on with what was accepted.
         on_start: called when connections are accepted.
 
     Raises:
@@ -53,7 +59,14 @@ def run(app: FastAPI, listening: socket.socket, drain_seconds: float, on_start: 
         server_header=False,
     )
     signal.signal(signal.SIGTERM, _exit)  # uvicorn raises the signal again when it has stopped
-    _Server(config, app.state.service, drain_seconds, on_start).run(sockets=[listening])
+    service: Service = app.state.service
+    try:
+        _Server(config, service, on_start).run(sockets=[listening])
+    except (SystemExit, KeyboardInterrupt):
+        if isinstance(service.pictures, Pipeline) and service.pictures.status().alive:
+            logger.error("a step has not ended; the process ends without it")
+            os._exit(1)  # an ordinary exit may wait for the step's thread, or crash on it
+        raise
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
@@ -63,11 +76,14 @@ def _exit(number: int, frame: FrameType | None) -> None:
 class _Server(uvicorn.Server):
     """A server that delivers what it has accepted before it closes connections."""
 
-    def __init__(
-        self, config: uvicorn.Config, service: Service, drain_seconds: float, on_start: Callable[[], None]
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, on_start: Callable[[], None]) -> None:
         super().__init__(config)
-        self.service, self.drain_seconds, self.on_start = service, drain_seconds, on_start
+        self.service, self.on_start = service, on_start
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self.force_exit:  # a second Ctrl-C
+            self.service.give_up()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -77,8 +93,10 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
             server.close()  # no new connections
-        await self.service.drain(self.drain_seconds)
+        await self.service.drain()
         for connection in list(self.server_state.connections):
             transport: Any = connection.transport
             transport.close()  # pages that are open somewhere keep theirs for ever
         await super().shutdown(sockets)
+        if self.force_exit:  # then uvicorn leaves the application as it is
+            await self.service.pictures.close(drain=False, timeout=LAST_STEP_SECONDS)
