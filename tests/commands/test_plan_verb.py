@@ -71,7 +71,7 @@ def test_plan_in_a_folder_is_one_of_its_settings(tmp_path: Path, saved: str) -> 
     [
         ({}, "give one target"),
         ({"gflops": 1.0, "speedup": 2.0}, "give one target"),
-        ({"speedup": -1.0}, "speedup is -1.0; it must be above 0"),
+        ({"speedup": -1.0}, "speedup is -1.0; it must be a number above 0"),
         ({"speedup": 2.0, "guidance_budget": 0.25}, "guidance_budget is given without guidance"),
         ({"speedup": 2.0, "min_steps": 100}, "plans have up to 64 steps"),
         ({"speedup": 2.0, "data": "digits"}, "digits has samples of shape"),

@@ -340,7 +340,7 @@ def _interface(found: Checkpoint) -> InterfaceConfig:
         group_size=_side(num_latents, found, f"{READ}.learned_query_embed"),
         levels=_trained_levels(found, num_latents),
         variant="published",
-        write_depth=found.count(f"{WRITE}.patches_attend_to_latents"),
+        write_depth=max(1, found.count(f"{WRITE}.patches_attend_to_latents")),  # a missing Write is told by its tensors
         tail_visible=True if tail_visible is None else tail_visible,
     )
 
