@@ -6,11 +6,12 @@
 An open-loop generator submits requests at random times that the seed fixes, whatever the engine does. Load 1 is what
 the engine serves at full budget when its queue never empties. Every policy runs on the same engine:
 
-- elastic: the budget controller;
+- elastic: the controller chooses budgets and, as requests begin, their steps, in the order of a calibration;
+- budgets alone: the controller chooses budgets;
+- fewer steps: full budget, and the controller chooses steps;
 - fixed full, fixed low: the highest and the lowest budget;
 - request-level: full budget, and a batch runs to its end before the next begins;
-- one at a time: full budget, one image after the other;
-- fewer steps: full budget, and the controller's rule chooses the steps of a request when it begins.
+- one at a time: full budget, one image after the other.
 
 All of them refuse a request at once that they predict to miss the objective. Attainment is the share of *offered*
 requests that were finished in time: a refused one is a miss. A model's name in place of a folder means random weights.
@@ -40,6 +41,8 @@ from jsonargparse import auto_cli
 from rich.console import Console
 
 import elit
+from elit.analysis import Calibration, calibrate
+from elit.analysis.calibration import STEPS
 from elit.analysis.environment import environment
 from elit.atomic import write_json
 from elit.data import digits
@@ -48,15 +51,15 @@ from elit.flow import Guidance, Trajectory
 from elit.models import Model
 from elit.seeding import generator
 from elit.serving import CostTable, Engine, EngineOptions, Event, Finished, Preview, QueueFull, Request
-from elit.serving.controller import is_allowed
 from elit.serving.costs import measure_costs
-from elit.serving.engine import are_finite, new_job, serving_levels
+from elit.serving.engine import are_finite, new_job, serving_points
 from elit.serving.job import Job, batch_seconds
+from elit.serving.points import OperatingPoint, points_from
 from elit.serving.scheduler import Scheduler, SchedulerOptions
 from elit.serving.simulator import simulate
 
 Clock = Literal["wall", "processor"]
-STEP_COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
+FEWEST = 4  # what is asked for, over this, are the fewest steps that the controller gives
 SATURATING = 100  # requests that are submitted at once to measure the capacity
 QUALITY_SAMPLES = 500
 OBJECTIVE = 2.5  # times what a full batch takes at full budget
@@ -76,64 +79,29 @@ class RequestLevel(Scheduler):
         return [job for job in self if job.started is not None] or super().next_batch(now)
 
 
-class FewerSteps(Scheduler):
-    """Gives requests that begin as many steps as the controller's rule allows, in place of a budget."""
-
-    def __init__(self, costs: CostTable, options: SchedulerOptions) -> None:
-        super().__init__(costs, options)
-        self.steps = STEP_COUNTS[-1]
-        self.asked: dict[Job, int] = {}
-
-    def add(self, job: Job) -> None:
-        """Takes a job and remembers how many steps were asked for."""
-        super().add(job)
-        self.asked[job] = job.steps
-        job.steps = min(self.steps, job.steps)
-
-    def _decide(self, jobs: Sequence[Job], now: float) -> None:
-        self._batches_since = 0
-        options = self.options.controller
-        for steps in reversed(STEP_COUNTS):
-            self._set_steps(steps)
-            load = self._load(jobs, now)
-            load = replace(load, arrivals=load.arrivals * steps / STEP_COUNTS[-1])  # they would have as few
-            if is_allowed(load, self.level, steps > self.steps, options):
-                break
-        self.steps = steps
-
-    def _set_steps(self, steps: int) -> None:
-        """Sets the steps of those that have not begun."""
-        for job in self:
-            if job.started is None:
-                job.steps = min(steps, self.asked[job])
-
-    def _predicted_finish(self, job: Job, now: float) -> float:
-        """Predicts with the fewest steps, as the controller does with the lowest levels."""
-        asked = job.steps
-        self._set_steps(STEP_COUNTS[0])
-        job.steps = min(STEP_COUNTS[0], asked)
-        finish = super()._predicted_finish(job, now)
-        job.steps = asked
-        self._set_steps(self.steps)
-        return finish
-
-
 @dataclass(frozen=True)
 class Policy:
-    """How requests are served: at which budget (None is the controller's), by which scheduler."""
+    """How requests are served: at which budget (None is the controller's), by which scheduler.
+
+    Attributes:
+        gives: what the controller chooses for requests: pairs of budgets and steps, steps, or nothing but budgets
+            where ``budget`` leaves them to it.
+    """
 
     budget: float | None = 1.0
+    gives: Literal["pairs", "steps", "budgets"] = "budgets"
     scheduler: type[Scheduler] = Scheduler
     max_work: float | None = None
 
 
 POLICIES = {
-    "elastic": Policy(None),
+    "elastic": Policy(None, "pairs"),
+    "budgets alone": Policy(None),
+    "fewer steps": Policy(gives="steps"),
     "fixed full": Policy(),
     "fixed low": Policy(0.0),  # the lowest of the model
     "request-level": Policy(scheduler=RequestLevel),
     "one at a time": Policy(max_work=1e-9),
-    "fewer steps": Policy(scheduler=FewerSteps),
 }
 
 
@@ -162,6 +130,7 @@ class Setup:
     steps: int
     guidance: Guidance | None
     costs: CostTable
+    pairs: tuple[OperatingPoint, ...]
     objective: float
     capacity: float
     slowdown: float
@@ -170,21 +139,35 @@ class Setup:
         """Returns the request with an index: labels in turn, seeds of their own."""
         budget = self.model.levels[0] / self.model.num_latents if policy.budget == 0 else policy.budget
         label = index % self.model.config.num_classes
-        return Request(label, seed=index, steps=self.steps, budget=budget, guidance=self.guidance)
+        fewest = None if policy.gives == "budgets" else self.min_steps
+        return Request(label, seed=index, steps=self.steps, min_steps=fewest, budget=budget, guidance=self.guidance)
+
+    @property
+    def min_steps(self) -> int:
+        """The fewest steps that the controller gives."""
+        return max(1, self.steps // FEWEST)
 
     def options(self, policy: Policy) -> EngineOptions:
         """Returns the options of the engine under a policy."""
-        return EngineOptions(self.objective, max_work=policy.max_work)
+        counts = (count for count in STEPS if self.min_steps <= count <= self.steps)
+        points = {
+            "pairs": self.pairs,
+            "steps": tuple(OperatingPoint(self.model.levels[-1], count / self.steps) for count in counts),
+            "budgets": None,
+        }
+        return EngineOptions(self.objective, points=points[policy.gives], max_work=policy.max_work)
 
 
 def prepare(
     model: Model, steps: int, guidance: Guidance | None, objective: float | None, folder: Path, clock: Clock
 ) -> Setup:
     """Measures costs and capacity, or reads what was measured before."""
-    file = folder / "costs.json"
+    file, calibrated = folder / "costs.json", folder / "calibration.json"
     if not file.exists():
         costs = measure_costs(model, clock=time.perf_counter if clock == "wall" else time.process_time)
-        blank = Setup(model, steps, guidance, costs, 1e6, 0.0, 1.0)
+        labels = list(range(model.config.num_classes))
+        calibrate(model, labels, batch_size=int(costs.saturating_work()), guidance=guidance).save(calibrated)
+        blank = Setup(model, steps, guidance, costs, (), 1e6, 0.0, 1.0)
         measured = drain_seconds(blank, clock)
         predicted = max(row["latency"] for row in simulated(blank, Policy(), [0.0] * SATURATING, slack=True))
         batch = steps * costs.forward({model.levels[-1]: costs.saturating_work()}) * measured / predicted
@@ -201,7 +184,8 @@ def prepare(
     found = json.loads(file.read_text())
     table = {**found["costs"], **{key: tuple(found["costs"][key]) for key in ("levels", "batch_sizes")}}
     costs = CostTable(**{**table, "seconds": tuple(map(tuple, table["seconds"]))})
-    return Setup(model, steps, guidance, costs, found["objective"], found["capacity"], found["slowdown"])
+    pairs = points_from(Calibration.load(calibrated), costs, steps, max(1, steps // FEWEST))
+    return Setup(model, steps, guidance, costs, pairs, found["objective"], found["capacity"], found["slowdown"])
 
 
 def drain_seconds(setup: Setup, clock: Clock) -> float:
@@ -261,7 +245,7 @@ def on_virtual_clock(
         slack: without objective, to measure the capacity.
     """
     options = SchedulerOptions(
-        serving_levels(setup.model, None),
+        serving_points(setup.model, setup.options(policy)),
         policy.max_work or setup.costs.saturating_work(),
         None if slack else setup.objective,
         refuse_late=not slack,

@@ -32,6 +32,7 @@ from elit.serving import (
     Request,
 )
 from elit.serving.job import Job
+from elit.serving.points import OperatingPoint
 from elit.serving.scheduler import Scheduler
 from tests.helpers.models import Recorder, inputs, tiny
 from tests.helpers.stacks import KINDS
@@ -86,7 +87,7 @@ def results(engine: Engine, requests: list[Request]) -> list[Finished]:
 def again(model: Any, request: Request, result: Finished) -> torch.Tensor:
     """The image of a result once more, offline and alone."""
     labels, budget = request.labels(), list(result.budgets)
-    same: dict[str, Any] = {"steps": request.steps, "solver": request.solver, "guidance": request.guidance}
+    same: dict[str, Any] = {"steps": result.steps, "solver": request.solver, "guidance": request.guidance}
     return elit.sample(model, labels, seeds=[request.seed], budget=budget, **same)[0]
 
 
@@ -117,8 +118,8 @@ class Swinging(Scheduler):
     """Gives another level before every batch."""
 
     def next_batch(self, now: float) -> list[Job]:
-        levels = self.options.levels
-        self.level = levels[(levels.index(self.level) + 1) % len(levels)]
+        points = self.options.points
+        self.point = points[(points.index(self.point) + 1) % len(points)]
         self._batches_since = 0  # the controller is not asked
         return super().next_batch(now)
 
@@ -130,6 +131,19 @@ def test_a_level_that_changes_on_the_way_is_delivered_as_it_says(model: Any, sol
         (result,) = results(engine, [request])
     assert set(result.budgets) == ({0.5, 0.75} if solver == "heun" else {0.5, 0.75, 1.0})  # heun: every other batch
     assert torch.equal(result.sample, again(model, request, result))
+
+
+def test_steps_that_are_left_open_are_settled_at_the_beginning(model: Any) -> None:
+    points = (OperatingPoint(1, 0.5), OperatingPoint(4))
+    with Engine(model, EngineOptions(max_work=8, points=points), scheduler=Swinging) as engine:
+        fixed, *left_open = requests = [Request(3, seed=0, steps=6)] + [
+            Request(3, seed=seed, steps=6, min_steps=2, previews=4) for seed in range(6)
+        ]
+        found = [results(engine, [request])[0] for request in requests]  # one by one: the point is another each time
+    assert found[0].steps == len(found[0].budgets) == fixed.steps
+    assert {result.steps for result in found[1:]} == {3, 6} and {len(result.budgets) for result in found} == {3, 6}
+    for request, result in zip(left_open, found[1:], strict=True):
+        assert torch.equal(result.sample, again(model, request, result))
 
 
 def test_events_come_as_a_stream(model: Any, engine: Engine) -> None:
@@ -177,6 +191,7 @@ def test_previews_come_closer_to_the_image(engine: Engine) -> None:
         ({"label": True}, "label is True"),
         ({"seed": 1.5}, "seed is 1.5; it must be a whole number"),
         ({"steps": 0}, "steps is 0"),
+        ({"min_steps": 5}, "min_steps is 5; it must be between 1 and steps, 4"),
         ({"solver": "rk4"}, "no solver is named 'rk4'"),
         ({"budget": 2.0}, "budget is 2.0"),
         ({"min_budget": 0.0}, "budget is 0.0"),
@@ -195,11 +210,23 @@ def test_wrong_requests_are_told_at_once(engine: Engine, wrong: dict[str, Any], 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"latency_objective": 0}, {"min_budget": 2.0}, {"queue_limit": 0}, {"max_work": 0.0}, {"stuck_after": -1}],
+    [
+        {"latency_objective": 0},
+        {"min_budget": 2.0},
+        {"points": ()},
+        {"queue_limit": 0},
+        {"max_work": 0.0},
+        {"stuck_after": -1},
+    ],
 )
 def test_wrong_options_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ElitError, match=next(iter(wrong))):
         EngineOptions(**wrong)
+
+
+def test_points_that_do_not_fit_the_model_are_refused(model: Any) -> None:
+    with pytest.raises(ElitError, match="level that the model was not trained for"):
+        Engine(model, EngineOptions(points=(OperatingPoint(9),)))
 
 
 # ------------------------------------------------------------------------------------------------ faults

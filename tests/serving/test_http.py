@@ -23,8 +23,9 @@ import torch
 from PIL import Image
 
 import elit
+from elit.analysis import Calibration, calibrate
 from elit.cli import main
-from elit.commands.serve import ServeOptions
+from elit.commands.serve import ServeOptions, make_pipeline
 from elit.data.autoencoder import load_autoencoder
 from elit.data.captions import WordVectors
 from elit.interface import InterfaceConfig
@@ -33,6 +34,7 @@ from elit.serving.answers import Answer
 from elit.serving.http import EventStream, HttpOptions, create_app
 from elit.serving.parse import Defaults
 from elit.serving.pipeline import Pipeline
+from elit.serving.points import OperatingPoint
 from elit.serving.schema import ImagesRequest
 from tests.helpers.models import randomize, tiny
 from tests.helpers.servers import pipeline_of, running, serving, wait_until
@@ -151,6 +153,19 @@ def test_a_model_of_text_takes_prompts() -> None:
     assert picture(answer["data"][0]["b64_json"]).tobytes() == again.tobytes()
     assert answer["usage"]["input_tokens"] == 3
     assert [each.status_code for each in refused] == [400, 422]
+
+
+def test_steps_and_budgets_that_are_left_open_follow_the_load() -> None:
+    points = (OperatingPoint(2, 0.25), OperatingPoint(2), OperatingPoint(4))
+    pipeline = pipeline_of(tiny(), latency_objective=0.02, points=points, refuse_late=False)  # a step costs 1 ms
+    with serving(pipeline, steps=40, min_steps=4) as address:
+        left_open, *fixed = (
+            generate(address, prompt="3", **body).json()["data"][0]
+            for body in ({}, {"steps": 40}, {"quality": "high"}, {"budget": 1.0})
+        )
+    assert (left_open["steps"], left_open["budgets"]) == (10, [0.5] * 10)
+    assert [each["steps"] for each in fixed] == [40] * 3
+    assert picture(left_open["b64_json"]).tobytes() == made_again(pipeline.model, left_open).tobytes()
 
 
 # ------------------------------------------------------------------------------------------------ the openai package
@@ -507,6 +522,44 @@ def test_the_key_is_not_shown() -> None:
     assert "secret" not in repr(ServeOptions(model="any", api_key="secret"))
 
 
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory, saved: Path) -> Path:
+    file = tmp_path_factory.mktemp("calibrated") / "calibration.json"
+    calibrate(elit.load(saved), [1, 2], batch_size=4, num_samples=1).save(file)
+    return file
+
+
+def test_a_calibration_saves_measuring_and_says_in_which_order_quality_is_given_up(
+    saved: Path, calibrated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elit.serving.engine.measure_costs", None)
+    monkeypatch.setattr("elit.commands.serve.measure_costs", None)
+    options: dict[str, Any] = {"model": str(saved), "device": "cpu", "calibration": calibrated, "steps": 16}
+    engine = make_pipeline(ServeOptions(**options)).engine
+    engine.warm_up()
+    known = Calibration.load(calibrated)
+    assert engine.costs is not None
+    assert [engine.costs.forward({level: 4}) for level in known.levels] == known.seconds
+    points = make_pipeline(ServeOptions(**options, min_steps=6)).engine.options.points
+    assert points is not None and points[-1] == OperatingPoint(4) and min(point.steps for point in points) == 6 / 16
+
+
+def test_a_calibration_that_does_not_fit_is_refused(
+    saved: Path, calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(model: Path, file: Path, *options: str) -> str:
+        told = ["serve", "--port", "0", "--device", "cpu", "--model", str(model), "--calibration", str(file)]
+        assert main([*told, *options]) == 2
+        return capsys.readouterr().err
+
+    tiny(seed=1).save_pretrained(tmp_path / "other")
+    assert "was measured with another model" in said(tmp_path / "other", calibrated)
+    assert "was measured with another solver" in said(saved, calibrated, "--solver", "heun")
+    (tmp_path / "broken.json").write_text("{}")
+    assert "is no calibration" in said(saved, tmp_path / "broken.json")
+    assert "no-such-file" in said(saved, tmp_path / "no-such-file")
+
+
 def test_wrong_options_end_with_2(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def said(*options: str) -> str:
         assert main(["serve", "--model", str(saved), *options]) == 2
@@ -520,6 +573,7 @@ def test_wrong_options_end_with_2(saved: Path, tmp_path: Path, capsys: pytest.Ca
     assert "cannot listen" in said("--host", "no such host")
     assert "port is 70000" in said("--port", "70000")
     assert "steps is 0" in said("--steps", "0")
+    assert "min_steps is 41" in said("--min-steps", "41")
     assert "max_replicas needs replicas" in said("--max-replicas", "4")
     assert "has 2 lines; the model has 10 classes" in said("--port", "0", "--class-names", str(tmp_path / "names.txt"))
     assert "latency_objective" in said("--latency-objective-ms", "-1")

@@ -10,14 +10,16 @@ from hypothesis import strategies as st
 
 from elit.serving import ControllerOptions, CostTable
 from elit.serving.job import Job, batch_seconds
+from elit.serving.points import OperatingPoint, points_at
 from elit.serving.scheduler import Scheduler, SchedulerOptions
 from elit.serving.simulator import Outcome, attainment, simulate
 
 LEVELS, FULL = (1, 2, 4, 8), 8
+POINTS = points_at(LEVELS)
 STEPS = 8
 SIZES, SHARES = (1, 2, 4, 8), (0.35, 0.45, 0.6, 1)
 COSTS = CostTable(LEVELS, SIZES, tuple(tuple(0.002 + share * n * 0.008 for n in SIZES) for share in SHARES))
-OPTIONS = SchedulerOptions(LEVELS, max_work=8.0, latency_objective=2.5)
+OPTIONS = SchedulerOptions(POINTS, max_work=8.0, latency_objective=2.5)
 CAPACITY = 8 / COSTS.forward({FULL: 8}) / STEPS  # images per second at full budget
 
 
@@ -46,6 +48,7 @@ def some_jobs(draw: st.DrawFn) -> list[Job]:
                 draw(st.integers(1, 2)),
                 draw(st.booleans()),
                 draw(st.sampled_from((0, *LEVELS))),
+                draw(st.sampled_from((None, 1, 4))),
                 guidance,  # type: ignore[arg-type]
                 weak_level=1,
                 guided=draw(st.floats(0, 1)),
@@ -60,7 +63,8 @@ def some_jobs(draw: st.DrawFn) -> list[Job]:
 def test_every_job_gets_what_it_asked_for(
     jobs: list[Job], max_work: float, queue_limit: int, refuse_late: bool, objective: float | None
 ) -> None:
-    scheduler = Scheduler(COSTS, SchedulerOptions(LEVELS, max_work, objective, queue_limit, refuse_late))
+    points = (OperatingPoint(1, 0.25), *POINTS)
+    scheduler = Scheduler(COSTS, SchedulerOptions(points, max_work, objective, queue_limit, refuse_late))
     asked = {job: job.level for job in jobs}
 
     def seconds(batch: Sequence[Job]) -> float:
@@ -79,6 +83,8 @@ def test_every_job_gets_what_it_asked_for(
             assert job.delivered == [asked[job]] * job.steps
         else:
             assert len(job.delivered) == job.steps
+            assert job.steps == job.asked_steps if job.min_steps is None else job.steps <= job.asked_steps
+            assert job.steps >= min(job.min_steps or job.asked_steps, job.asked_steps)
             assert set(job.delivered) <= {max(level, job.min_level) for level in LEVELS}
         if outcome.finish is not None and objective is None and job.latency_objective is None:
             assert job.budget_is_fixed or job.deadline == float("inf")
@@ -93,8 +99,29 @@ def test_below_capacity_images_are_at_full_budget_and_above_it_the_objective_is_
         budgets.append(budget(outcomes))
     assert budgets[0] == 1.0
     assert 1 > budgets[1] > budgets[2] > LEVELS[0] / FULL
-    fixed = simulate(Scheduler(COSTS, replace(OPTIONS, levels=(FULL,))), poisson(2.0, 60, seed))
+    fixed = simulate(Scheduler(COSTS, replace(OPTIONS, points=points_at([FULL]))), poisson(2.0, 60, seed))
     assert attainment(fixed) < 0.3
+
+
+def test_steps_and_levels_together_go_further_than_either() -> None:
+    """Only for jobs that leave their steps open, and back to all of them when the load falls."""
+
+    def jobs() -> list[Job]:
+        found = [*poisson(0.3, 10), *poisson(4.0, 30, start=10), *poisson(0.3, 20, start=40)]
+        for each in found[::2]:
+            each.min_steps = 2
+        return found
+
+    together = (OperatingPoint(2, 0.25), OperatingPoint(2, 0.5), *points_at(LEVELS[1:]))
+    outcomes = {
+        points: simulate(Scheduler(COSTS, replace(OPTIONS, points=points, refuse_late=True)), jobs())
+        for points in (together, POINTS)
+    }
+    assert attainment(outcomes[together]) > attainment(outcomes[POINTS]) + 0.1
+    given = {each.job.steps for each in outcomes[together] if each.job.min_steps and 12 < each.job.arrival < 40}
+    assert min(given) == 2 and max(given) < STEPS
+    assert all(each.job.steps == STEPS for each in outcomes[together] if each.job.min_steps is None)
+    assert all(each.job.steps == STEPS for each in outcomes[together] if not 9 < each.job.arrival < 44)
 
 
 def test_the_objective_survives_times_that_are_not_those_of_the_table() -> None:
@@ -142,7 +169,7 @@ def test_the_level_does_not_swing() -> None:
         scheduler = Scheduler(COSTS, replace(OPTIONS, controller=options))
 
         def seconds(batch: Sequence[Job]) -> float:
-            levels.append(scheduler.level)
+            levels.append(scheduler.point.level)
             return batch_seconds(batch, COSTS)
 
         simulate(scheduler, poisson(1.6, 60), seconds)

@@ -2,9 +2,10 @@
 
 import asyncio
 import os
+import reprlib
 import signal
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from rich.console import Console
 
+from elit.analysis.calibration import Calibration, calibrate, calibration_stamp
 from elit.commands.options import GuidanceOptions, ModelOptions
 from elit.commands.sample import PIXELS
 from elit.data.autoencoder import load_autoencoder
@@ -20,8 +22,10 @@ from elit.errors import ElitError
 from elit.launch import default_device
 from elit.models import Model
 from elit.models.files import resolve
-from elit.serving import Engine, EngineOptions
+from elit.serving import CostTable, Engine, EngineOptions
+from elit.serving.costs import measure_costs
 from elit.serving.pipeline import Pipeline
+from elit.serving.points import points_from
 
 if TYPE_CHECKING:
     from elit.serving.replicas import Replicas
@@ -45,7 +49,11 @@ class ServeOptions(GuidanceOptions, ModelOptions):
         queue_limit: how many images may wait to begin; further requests are refused with 429.
         refuse_late: refuse requests, likewise, that are predicted to miss the latency objective even at the lowest
             budget.
+        calibration: a calibration that elit plan keeps (it says in which file): what budgets cost on this machine, so
+            that the server does not measure it, and how much they and fewer steps change an image.
         steps: number of sampling steps.
+        min_steps: under load, images for which a request names neither steps nor a budget may also get fewer steps,
+            down to this. Without a calibration, the server makes one when it starts. By default no fewer than --steps.
         max_steps: the most that a request may ask for.
         solver: euler, heun (second order, two evaluations a step) or sde (adds noise at each step).
         class_names: a text file with the name of each class on a line of its own, which prompts may use.
@@ -71,7 +79,9 @@ class ServeOptions(GuidanceOptions, ModelOptions):
     min_budget: float | None = None
     queue_limit: int = 1024
     refuse_late: bool = True
+    calibration: Path | None = None
     steps: int = 40
+    min_steps: int | None = None
     max_steps: int = 250
     solver: Literal["euler", "heun", "sde"] = "euler"
     class_names: Path | None = None
@@ -90,6 +100,8 @@ class ServeOptions(GuidanceOptions, ModelOptions):
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= self.max_steps:
             raise ElitError(f"steps is {self.steps}; it must be between 1 and max_steps, {self.max_steps}")
+        if self.min_steps is not None and not 1 <= self.min_steps <= self.steps:
+            raise ElitError(f"min_steps is {self.min_steps}; it must be between 1 and steps, {self.steps}")
         for name in ("request_seconds", "drain_seconds"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ElitError(f"{name} is {getattr(self, name)}; it must be a number of seconds above 0")
@@ -114,6 +126,25 @@ class ServeOptions(GuidanceOptions, ModelOptions):
             exit_on_death=True,
             path=self.path,
         )
+
+    def read_calibration(self, model: Model) -> Calibration | None:
+        """Reads the calibration, where there is one.
+
+        Raises:
+            ElitError: it cannot be read, or is of another model, machine, solver or path.
+        """
+        if self.calibration is None:
+            return None
+        found = Calibration.load(self.calibration)
+        there = found.stamp
+        given = {"batch_size": there["batch_size"], "guidance": found.tables[0].guidance, "seed": there["seed"]}
+        for key, here in calibration_stamp(model, solver=self.solver, path=self.path, **given).items():
+            if there.get(key) != here:
+                raise ElitError(
+                    f"{self.calibration} was measured with another {key} ({reprlib.repr(there.get(key))}; here it is "
+                    f"{reprlib.repr(here)}); leave --calibration out, or make one here with elit plan"
+                )
+        return found
 
     def read_class_names(self, model: Model) -> list[str]:
         """Reads the names of the classes.
@@ -142,12 +173,31 @@ def make_pipeline(options: ServeOptions) -> Pipeline:
     """
     engine_options = options.engine_options()
     model = options.load_model(default_device(options.device))
+    calibration = options.read_calibration(model)
+    costs = None if calibration is None else CostTable.from_calibration(calibration)
+    if options.min_steps is not None:
+        costs = costs or measure_costs(model, options.path)
+        calibration = calibration or calibrate_here(model, options)
+        points = points_from(calibration, costs, options.steps, options.min_steps, options.min_budget or 0.0)
+        engine_options = replace(engine_options, points=points)
     channels = model.config.in_channels
     return Pipeline(
-        Engine(model, engine_options),
+        Engine(model, engine_options, costs),
         None if channels in PIXELS else load_autoencoder(options.autoencoder, channels),
         open_encoder(options.text_encoder, str(model.device)) if model.takes_text else None,
     )
+
+
+def calibrate_here(model: Model, options: ServeOptions) -> Calibration:
+    """Measures how much lower budgets and fewer steps change the images that requests get by default.
+
+    Raises:
+        ElitError: the model takes text, or cannot be planned for.
+    """
+    if model.takes_text:
+        raise ElitError("min_steps needs a calibration for a model of text: save that of elit.analysis.calibrate")
+    labels = list(range(model.config.num_classes)) if model.conditional else None
+    return calibrate(model, labels, guidance=options.make_guidance(), solver=options.solver, path=options.path)
 
 
 def make_replicas(options: ServeOptions) -> "Replicas":
@@ -202,11 +252,14 @@ def serve(options: ServeOptions) -> None:
     console = Console(soft_wrap=True, highlight=False)
     guidance = options.make_guidance()
     listening = open_socket(options.host, options.port)
+    if options.min_steps is not None and options.calibration is None:
+        console.print("measuring how much fewer steps and lower budgets change an image ...")
     pictures = make_pipeline(options) if options.replicas is None else make_replicas(options)
     name = options.name or options.model
     defaults = Defaults(
         name=name,
         steps=options.steps,
+        min_steps=options.min_steps,
         max_steps=options.max_steps,
         solver=options.solver,
         guidance=guidance,

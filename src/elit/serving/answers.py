@@ -89,7 +89,7 @@ class Answer:
         guidance = request.guidance and schema.GuidanceUsed.model_validate(request.guidance, from_attributes=True)
         return {
             "seed": picture.seed,
-            "steps": request.steps,
+            "steps": len(picture.budgets),
             "solver": request.solver,
             "budgets": list(picture.budgets),
             "guidance": guidance,

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -22,6 +22,7 @@ from elit.models import Model
 from elit.serving.controller import ControllerOptions
 from elit.serving.costs import MEASURED_LEVELS, CostTable, is_out_of_memory, measure_costs
 from elit.serving.job import Job
+from elit.serving.points import OperatingPoint, points_at
 from elit.serving.request import (
     EngineClosedError,
     Event,
@@ -49,9 +50,11 @@ class EngineOptions:
         latency_objective: seconds from submission to the finished image that 95 % of the images should keep; None
             leaves every image at the highest budget.
         min_budget: the floor below which the controller never goes; None is the lowest that was trained.
+        points: what the controller chooses from, from the cheapest to the best, such as
+            :func:`~elit.serving.points.points_from` makes of a calibration; None is budgets alone.
         queue_limit: how many requests may wait for their first step; more are refused with :class:`QueueFull`.
         refuse_late: whether to refuse a request, likewise, that is predicted to come too close to its objective even at
-            the floor.
+            the cheapest point.
         max_work: the most work in one batch, in units of one full-budget evaluation of one image; None is the smallest
             batch of nearly the best throughput, as :meth:`Engine.warm_up` measures it.
         controller: how the budget follows the load, see :class:`ControllerOptions`.
@@ -65,6 +68,7 @@ class EngineOptions:
 
     latency_objective: float | None = None
     min_budget: float | None = None
+    points: tuple[OperatingPoint, ...] | None = None
     queue_limit: int = 1024
     refuse_late: bool = True
     max_work: float | None = None
@@ -78,6 +82,8 @@ class EngineOptions:
             check_seconds("latency_objective", self.latency_objective)
         if self.min_budget is not None:
             check_budget(self.min_budget, "min_budget")
+        if self.points is not None and not self.points:
+            raise ElitError("points is empty; leave it out for budgets alone")
         if type(self.queue_limit) is not int or self.queue_limit < 1:
             raise ElitError(f"queue_limit is {self.queue_limit!r}; it must be a whole number, at least 1")
         if self.max_work is not None and not self.max_work > 0:
@@ -145,7 +151,7 @@ class Ticket:
 
     def __init__(self, request: Request, job: Job, on_event: OnEvent, cancel: Callable[["Ticket"], bool]) -> None:
         self.request, self.job, self.on_event = request, job, on_event
-        self.previews = request.preview_steps()
+        self.previews: set[int] = set()
         self.started: Trajectory | None = None
         self._cancel = cancel
 
@@ -200,11 +206,11 @@ class Engine:
         self.calibration = calibration
         self.costs: CostTable | None = None
         self.observers: list[Observer] = []
-        levels = serving_levels(model, self.options.min_budget)
+        points = serving_points(model, self.options)
         self._scheduler = scheduler(
-            CostTable.unmeasured(levels),
+            CostTable.unmeasured(sorted({point.level for point in points})),
             SchedulerOptions(
-                levels=levels,
+                points=points,
                 max_work=self.options.max_work or 1.0,
                 latency_objective=self.options.latency_objective,
                 queue_limit=self.options.queue_limit,
@@ -341,7 +347,7 @@ class Engine:
                 stuck_since=time.time() - running if running > self.options.stuck_after else None,
                 queued=queued,
                 in_flight=len(self._scheduler) - queued,
-                budget=self._budget(self._scheduler.level),
+                budget=self._budget(self._scheduler.point.level),
                 delivered=dict(self._delivered),
                 step_seconds=self._step_seconds,
                 max_work=self._scheduler.max_work,
@@ -489,6 +495,7 @@ class Engine:
             except Exception as error:
                 self._fail(ticket, error)
                 return False
+            ticket.previews = request.preview_steps(job.steps)
         if ticket.trajectory.levels[job.step][0] != job.level and not job.step_has_begun:
             ticket.trajectory.set_level(job.level)
         return True
@@ -537,14 +544,20 @@ class Engine:
         return True
 
 
-def serving_levels(model: Model, min_budget: float | None) -> tuple[int, ...]:
-    """Returns the levels that a controller chooses from: the floor, and those above it whose cost is measured.
+def serving_points(model: Model, options: EngineOptions) -> tuple[OperatingPoint, ...]:
+    """Returns what a controller chooses from: by default the floor, and the levels above it whose cost is measured.
 
     Raises:
-        ElitError: a floor that the model was not trained for.
+        ElitError: a floor, or the level of a point, that the model was not trained for.
     """
-    floor = model.levels[0] if min_budget is None and model.levels else model.level(min_budget)
-    return (floor, *(level for level in choose_levels(model.levels, MEASURED_LEVELS) if level > floor))
+    floor = model.levels[0] if options.min_budget is None and model.levels else model.level(options.min_budget)
+    if options.points is None:
+        levels = (level for level in choose_levels(model.levels, MEASURED_LEVELS) if level > floor)
+        return points_at((floor, *levels))
+    for point in options.points:
+        if point.level not in (model.levels or (0,)):
+            raise ElitError(f"the point {point} has a level that the model was not trained for; it has {model.levels}")
+    return tuple(replace(point, level=max(point.level, floor)) for point in options.points)
 
 
 def new_job(request: Request, model: Model, now: float) -> Job:
@@ -557,6 +570,7 @@ def new_job(request: Request, model: Model, now: float) -> Job:
         level=model.level(request.budget),
         evaluations=solver.evaluations,
         budget_is_fixed=request.budget is not None,
+        min_steps=request.min_steps,
         min_level=0 if request.min_budget is None else model.level(request.min_budget),
         weak="none" if guidance is None else guidance.kind,
         weak_level=0 if guidance is None else weak_level(model, guidance) or 0,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from elit.serving.costs import CostTable
+from elit.serving.points import OperatingPoint
 
 
 @dataclass(eq=False, slots=True)
@@ -13,10 +14,11 @@ class Job:
 
     Attributes:
         arrival: when it came, in seconds on the caller's clock.
-        steps: number of steps.
+        steps: number of steps; the controller may choose fewer when the job begins.
         evaluations: of every step but the last, which has one.
         budget_is_fixed: whether the controller leaves its level alone.
         min_level: the least that the controller may choose.
+        min_steps: the fewest that it may choose; None is exactly ``steps``.
         level: J~ of its next step that has not begun.
         weak: which terms of guidance it has beside the strong one: of its level in the same forward (``cfg``), of
             ``weak_level`` in the same forward (``ag``), or of ``weak_level`` in a forward of its own (``ccfg``).
@@ -28,6 +30,7 @@ class Job:
         evaluation: how many evaluations are done.
         started: when its first step began; None while it waits.
         delivered: the level of every step that has had an evaluation.
+        asked_steps: ``steps`` as it came.
     """
 
     arrival: float
@@ -36,6 +39,7 @@ class Job:
     evaluations: int = 1
     budget_is_fixed: bool = False
     min_level: int = 0
+    min_steps: int | None = None
     weak: Literal["none", "cfg", "ag", "ccfg"] = "none"
     weak_level: int = 0
     guided: float = 1.0
@@ -45,6 +49,10 @@ class Job:
     evaluation: int = 0
     started: float | None = None
     delivered: list[int] = field(default_factory=list)
+    asked_steps: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.asked_steps = self.steps
 
     @property
     def step(self) -> int:
@@ -58,11 +66,20 @@ class Job:
     @property
     def remaining(self) -> int:
         """How many evaluations are left."""
-        return self.evaluations * (self.steps - 1) + 1 - self.evaluation
+        return self._evaluations_of(self.steps) - self.evaluation
+
+    @property
+    def asked(self) -> int:
+        """How many evaluations were asked for."""
+        return self._evaluations_of(self.asked_steps)
 
     @property
     def is_done(self) -> bool:
         return self.remaining == 0
+
+    def begin(self, now: float, point: OperatingPoint) -> None:
+        """Notes that its first step begins, and settles how many there will be."""
+        self.started, self.steps = now, self.steps_at(point)
 
     def evaluate(self) -> None:
         """Notes that its next evaluation is done."""
@@ -70,9 +87,26 @@ class Job:
             self.delivered.append(self.level)
         self.evaluation += 1
 
-    def at(self, level: int) -> int:
-        """Returns the level that it takes where the controller chooses ``level``."""
-        return self.level if self.budget_is_fixed else max(level, self.min_level)
+    def level_at(self, point: OperatingPoint) -> int:
+        """Returns the level that it takes where the controller chooses a point."""
+        return self.level if self.budget_is_fixed else max(point.level, self.min_level)
+
+    def steps_at(self, point: OperatingPoint) -> int:
+        """Returns the number of steps that it gets where it begins at a point."""
+        if self.min_steps is None:
+            return self.asked_steps
+        return max(min(self.min_steps, self.asked_steps), round(point.steps * self.asked_steps))
+
+    def remaining_at(self, point: OperatingPoint) -> int:
+        """Returns how many evaluations are left where the controller chooses a point."""
+        return self.remaining if self.started is not None else self.in_all_at(point)
+
+    def in_all_at(self, point: OperatingPoint) -> int:
+        """Returns how many evaluations it has where it begins at a point."""
+        return self._evaluations_of(self.steps_at(point))
+
+    def _evaluations_of(self, steps: int) -> int:
+        return self.evaluations * (steps - 1) + 1
 
     def rows(self, level: int) -> tuple[dict[int, float], dict[int, float]]:
         """Returns the rows by level of one evaluation at a level: of the first forward, and of one behind it."""

@@ -35,6 +35,7 @@ class Defaults:
     Attributes:
         name: of the model.
         steps: number of steps.
+        min_steps: the fewest that an image gets under load which names neither steps nor a budget; None is ``steps``.
         max_steps: most steps that a request may ask for.
         solver: the solver.
         guidance: None is none.
@@ -43,6 +44,7 @@ class Defaults:
 
     name: str = "elit"
     steps: int = 40
+    min_steps: int | None = None
     max_steps: int = 250
     solver: str = "euler"
     guidance: Guidance | None = None
@@ -64,10 +66,12 @@ class Defaults:
         if steps > self.max_steps:
             raise ElitError(f"steps is {_shown(steps)}; this server does at most {self.max_steps}")
         seed = secrets.randbits(32) if body.seed is None else body.seed
+        budget = _budget(body, model)
         request = Request(
             steps=steps,
+            min_steps=self.min_steps if body.steps is None and budget is None else None,
             solver=body.solver or self.solver,
-            budget=_budget(body, model),
+            budget=budget,
             min_budget=body.min_budget,
             guidance=self._guidance(body),
             previews=min(body.partial_images, steps - 1) if body.stream else 0,

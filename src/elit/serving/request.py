@@ -33,6 +33,7 @@ class Request:
         condition: for a model of text, the :class:`~elit.conditions.Text` of one prompt.
         seed: of its noise. The same seed and settings give the same image, whoever else is in the batch.
         steps: number of steps.
+        min_steps: the fewest that the controller may choose as the request begins; None is exactly ``steps``.
         solver: ``euler``, ``heun`` or ``sde``.
         budget: fraction of the latents to use at every step, which is then delivered exactly; None leaves it to the
             budget controller.
@@ -47,6 +48,7 @@ class Request:
     condition: Text | None = None
     seed: int = 0
     steps: int = 40
+    min_steps: int | None = None
     solver: str = "euler"
     budget: float | None = None
     min_budget: float | None = None
@@ -64,6 +66,8 @@ class Request:
         if not isinstance(self.seed, Integral) or isinstance(self.seed, bool):
             raise ElitError(f"seed is {self.seed!r}; it must be a whole number")
         check_steps(self.steps)
+        if self.min_steps is not None and (type(self.min_steps) is not int or not 1 <= self.min_steps <= self.steps):
+            raise ElitError(f"min_steps is {self.min_steps!r}; it must be between 1 and steps, {self.steps}")
         solver_named(self.solver)
         model.level(self.budget)
         model.level(self.min_budget)
@@ -98,9 +102,9 @@ class Request:
         """Returns the condition as :func:`elit.sample` takes it, for one sample."""
         return self.condition if self.label is None else [self.label]
 
-    def preview_steps(self) -> set[int]:
-        """Returns the numbers of complete steps after which a preview is due."""
-        return {round(self.steps * (i + 1) / (self.previews + 1)) for i in range(self.previews)}
+    def preview_steps(self, steps: int) -> set[int]:
+        """Returns the numbers of complete steps, of so many, after which a preview is due."""
+        return {round(steps * (i + 1) / (self.previews + 1)) for i in range(self.previews)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from elit.serving.controller import ControllerOptions, Load, choose_level, predicted_finishes
+from elit.serving.controller import ControllerOptions, Load, choose_point, predicted_finishes
 from elit.serving.costs import CostTable
 from elit.serving.job import Job, batch_seconds
+from elit.serving.points import OperatingPoint
 
 LENIENCE = 2.0  # a job that cannot keep the objective even alone gets so many times what it takes alone
 ADMITTED = 0.9  # share of the time that a job has, by which it must be predicted to finish to come in
@@ -22,16 +23,16 @@ class SchedulerOptions:
     """Settings of a scheduler.
 
     Attributes:
-        levels: those that the controller chooses from, ascending.
+        points: those that the controller chooses from, from the cheapest to the best.
         max_work: the most work in a batch, in rows at the highest level.
-        latency_objective: seconds from arrival to the end; None for no objective, and always the highest level.
+        latency_objective: seconds from arrival to the end; None for no objective, and always the best point.
         queue_limit: how many jobs may wait for their first step.
-        refuse_late: whether to refuse a job that is predicted to come too close to its deadline even at the lowest
-            levels.
+        refuse_late: whether to refuse a job that is predicted to come too close to its deadline even at the cheapest
+            point.
         controller: see :class:`~elit.serving.controller.ControllerOptions`.
     """
 
-    levels: tuple[int, ...]
+    points: tuple[OperatingPoint, ...]
     max_work: float
     latency_objective: float | None = None
     queue_limit: int = 1024
@@ -40,21 +41,21 @@ class SchedulerOptions:
 
 
 class Scheduler:
-    """Holds the jobs that are not finished, chooses those of the next batch, and asks the controller for their level.
+    """Holds the jobs that are not finished, chooses those of the next batch, and asks the controller for their point.
 
     Args:
         costs: of this machine.
         options: see :class:`SchedulerOptions`.
 
     Attributes:
-        level: what the controller gives at present.
+        point: what the controller gives at present.
         max_work: the most work in a batch at present.
         slowdown: how much longer batches take than the costs say, lately.
     """
 
     def __init__(self, costs: CostTable, options: SchedulerOptions) -> None:
         self.costs, self.options, self.max_work = costs, options, options.max_work
-        self.level = options.levels[-1]
+        self.point = options.points[-1]
         self.slowdown = 1.0
         self._jobs: dict[Job, None] = {}  # in order of arrival
         self._batches_since = 0  # the last decision
@@ -99,20 +100,21 @@ class Scheduler:
     def _set_deadline(self, job: Job) -> None:
         """Sets when a job should be finished.
 
-        One that could not keep the objective even alone, at the lowest level that it allows, gets twice the time that
+        One that could not keep the objective even alone, at the cheapest point that it allows, gets twice the time that
         this takes, and the controller does not look at it: it would pull everybody's budget down in vain.
         """
         objective = job.latency_objective or self.options.latency_objective
         if objective is None:
             job.deadline = float("inf")
             return
-        forwards = job.rows(job.at(self.options.levels[0]))
-        alone = job.remaining * sum(self.costs.forward(rows) for rows in forwards)
+        cheapest = self.options.points[0]
+        forwards = job.rows(job.level_at(cheapest))
+        alone = job.remaining_at(cheapest) * sum(self.costs.forward(rows) for rows in forwards)
         job.is_too_long = alone > objective
         job.deadline = job.arrival + (LENIENCE * alone if job.is_too_long else objective)
 
     def next_batch(self, now: float) -> list[Job]:
-        """Chooses the jobs that take their next evaluation together, and sets the levels of steps that begin."""
+        """Chooses the jobs that take their next evaluation together, and settles levels and numbers of steps."""
         jobs = sorted(self._jobs, key=in_order)
         if self._batches_since >= self.options.controller.every:
             self._decide(jobs, now)
@@ -121,20 +123,20 @@ class Scheduler:
         work = 0.0
         for job in jobs:
             if not job.step_has_begun:
-                job.level = job.at(self.level)
+                job.level = job.level_at(self.point)
             work += job.work(job.level, self.costs)
             if batch and work > self.max_work:
                 break
             batch.append(job)
         for job in batch:
             if job.started is None:
-                job.started = now
+                job.begin(now, self.point)
         return batch
 
     def _decide(self, jobs: Sequence[Job], now: float) -> None:
-        """Asks the controller for the level of the jobs that have no fixed one."""
+        """Asks the controller for the point of the jobs that leave it open."""
         self._batches_since = 0
-        self.level = choose_level(self._load(jobs, now), self.level, self.options.levels, self.options.controller)
+        self.point = choose_point(self._load(jobs, now), self.point, self.options.points, self.options.controller)
 
     def _load(self, jobs: Sequence[Job], now: float) -> Load:
         """Returns what the controller looks at."""
@@ -164,14 +166,14 @@ class Scheduler:
         """Predicts the seconds until all that is here is finished, anew at most once a second: a full queue is long."""
         counted, seconds = self._last_backlog
         if not counted <= now < counted + 1:
-            seconds = max(predicted_finishes(self._load(list(self._jobs), now), self.options.levels[0])) - now
+            seconds = max(predicted_finishes(self._load(list(self._jobs), now), self.options.points[0])) - now
             self._last_backlog = now, seconds
         return seconds
 
     def _predicted_finish(self, job: Job, now: float) -> float:
-        """Predicts when a job would be finished if it came in now, at the lowest levels that everybody allows."""
+        """Predicts when a job would be finished if it came in now, at the cheapest point that everybody allows."""
         jobs = sorted([*self._jobs, job], key=in_order)
-        finishes = predicted_finishes(self._load(jobs, now), self.options.levels[0])
+        finishes = predicted_finishes(self._load(jobs, now), self.options.points[0])
         return next(finish for each, finish in zip(jobs, finishes, strict=True) if each is job)
 
 
