@@ -21,7 +21,7 @@ ALLOWED = {
     "analysis": BESIDE_FLOW,
     "export": BESIDE_FLOW,
     "integrations": BESIDE_FLOW,
-    "training": BESIDE_FLOW | {"evaluation", "analysis"},
+    "training": BESIDE_FLOW | {"evaluation", "analysis", "integrations"},
     "serving": BESIDE_FLOW | {"evaluation", "analysis"},
     "commands": BESIDE_FLOW | {"evaluation", "analysis", "integrations", "training", "serving", "export"},
 }

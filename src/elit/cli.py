@@ -29,6 +29,7 @@ Verb = Callable[..., object]
 VERBS: dict[str, str | dict[str, str]] = {
     "quickstart": "quickstart.quickstart",
     "train": "train.train",
+    "distill": "distill.distill",
     "sample": "sample.sample_images",
     "serve": "serve.serve",
     "plan": "plan.make_plan",

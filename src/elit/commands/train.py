@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from elit.data.clips import write_video
 from elit.flow import sample
 from elit.interface import listed
 from elit.models import Model
-from elit.training import TrainConfig, Trainer
+from elit.training import RunConfig, TrainConfig, Trainer
 from elit.training.speed import Speed
 from elit.training.trainer import STOP_SIGNALS
 
@@ -35,25 +35,31 @@ def train(config: TrainConfig) -> Trainer:
     """
     trainer = Trainer(config)
     console = Console(soft_wrap=True, highlight=False, quiet=not trainer.is_main)
-    console.print(describe(trainer))
-    show_progress(trainer)
+    console.print(describe(trainer, config.model.name))
+    run(trainer, console)
     trainer.accelerator.end_training()
-    if trainer.interrupted:
-        console.print(f"stopped after step {trainer.step}; run the same command to continue")
-        sys.exit(0 if trainer.stopped_by is signal.SIGTERM else 130)  # a scheduler's way to end a job, or Ctrl-C
     console.print(f"done: elit sample --model {config.out} --out samples.png")
     return trainer
 
 
-def describe(trainer: Trainer) -> str:
-    """Says in one line what is about to be trained."""
+def run(trainer: Trainer, console: Console) -> None:
+    """Runs a trainer to its end behind a progress bar; where it was asked to stop, ends the program."""
+    show_progress(trainer)
+    if trainer.interrupted:
+        trainer.accelerator.end_training()
+        console.print(f"stopped after step {trainer.step}; run the same command to continue")
+        sys.exit(0 if trainer.stopped_by is signal.SIGTERM else 130)  # a scheduler's way to end a job, or Ctrl-C
+
+
+def describe(trainer: Trainer, name: str) -> str:
+    """Says in one line what is about to be trained, of which the name is given."""
     config, levels, accelerator = trainer.config, trainer.levels.levels, trainer.accelerator
     budgets = ""
     if levels:
         budgets = f", {listed(levels)} of {trainer.model.num_latents} latents a window"
     processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     return (
-        f"{config.model.name}, {count_parameters(trainer.model) / 1e6:.2f} M parameters{budgets}, on "
+        f"{name}, {count_parameters(trainer.model) / 1e6:.2f} M parameters{budgets}, on "
         f"{len(trainer.data):,} images of {config.data}, {accelerator.device}{processes}"
     )
 
@@ -78,12 +84,17 @@ def show_progress(trainer: Trainer) -> None:
                 loss = smoothed(loss, before.loss)
                 bar.set_postfix(postfix(loss, before.skipped, trainer.last_speed), refresh=False)
             before = report
-            if trainer.validation.due(report.step) and trainer.config.validation.images:
+            if trainer.validation.due(report.step) and draws_samples(trainer.config):
                 model = trainer.averaged()  # all processes put it together
                 if trainer.is_main:
                     draw_samples(trainer, model)
         if before is not None:
             bar.set_postfix(postfix(smoothed(loss, before.loss), before.skipped, trainer.last_speed), refresh=False)
+
+
+def draws_samples(config: RunConfig) -> TypeGuard[TrainConfig]:
+    """Whether samples are drawn at each validation: of a new model, and where that is wanted."""
+    return isinstance(config, TrainConfig) and config.validation.images > 0
 
 
 def postfix(loss: float | None, skipped: int, speed: Speed | None) -> dict[str, str]:
@@ -132,6 +143,7 @@ def draw_samples(trainer: Trainer, model: Model) -> Path:
         ElitError: the picture cannot be written, or the autoencoder is missing.
     """
     config = trainer.config
+    assert draws_samples(config)
     wanted, classes = config.validation, model.config.num_classes
     condition: Any = [i % classes for i in range(wanted.images)] if classes else None
     if model.takes_text:

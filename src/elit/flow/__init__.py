@@ -2,7 +2,7 @@
 
 from elit.flow.caching import Cache, embedding_changes
 from elit.flow.guidance import Guidance, weak_level
-from elit.flow.matching import Flow, FlowMatching
+from elit.flow.matching import Flow, FlowMatching, TrainingFlow
 from elit.flow.objective import flow_matching_error, flow_matching_loss, per_token
 from elit.flow.paths import PATHS, Path, path_named
 from elit.flow.pyramid import PyramidFlow, StageDensity, StageSchedule, decompose, recompose
@@ -26,6 +26,7 @@ __all__ = [
     "StageSchedule",
     "StepInfo",
     "TimeDensity",
+    "TrainingFlow",
     "Trajectory",
     "advance",
     "decompose",

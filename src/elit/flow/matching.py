@@ -20,14 +20,9 @@ Velocity = Callable[[Any, Tensor], Any]
 """(x_t, t) -> velocity, as a model takes and gives them; condition and level are bound by the caller."""
 
 
-class Flow(Protocol):
-    """Says what a sample is on its way between noise and data, for training and sampling alike.
+class TrainingFlow(Protocol):
+    """Says how data become noise in training, and what the loss is."""
 
-    A *state* is a batch of samples on their way, (B, *state_shape).
-    """
-
-    path: Path
-    state_shape: tuple[int, ...]
     noise_shapes: list[tuple[int, ...]]
     """The shapes of the noise that training draws for one sample: one, or one per stage."""
 
@@ -47,16 +42,26 @@ class Flow(Protocol):
         """
         ...
 
+    def noise_level(self, t: Tensor) -> Tensor:
+        """Returns one noise level for times (...,) or (..., S), by which a budget may be chosen: (...,)."""
+        ...
+
+
+class Flow(TrainingFlow, Protocol):
+    """Says what a sample is on its way between noise and data, for training and sampling alike.
+
+    A *state* is a batch of samples on their way, (B, *state_shape).
+    """
+
+    path: Path
+    state_shape: tuple[int, ...]
+
     def times(self, solver: Solver, steps: Any) -> Tensor:
         """Returns the times of all steps in float64: (steps + 1,), of a pyramid (steps + 1, S)."""
         ...
 
     def spread(self, t: Tensor) -> Tensor:
         """Reshapes times (B,) or (B, S), or a mask like them, so that they broadcast against a state."""
-        ...
-
-    def noise_level(self, t: Tensor) -> Tensor:
-        """Returns one noise level for times (...,) or (..., S), by which a budget may be chosen: (...,)."""
         ...
 
     def to_model(self, x: Tensor, moves: Tensor) -> Any:

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from elit.conditions import Condition
 from elit.errors import ElitError
 from elit.interface import Layout, RetrofitInterface, check_budget, to_level, triple
 from elit.interface.grid import Triple
@@ -34,17 +35,21 @@ Budget = float | Callable[[float], float]
 """A fraction of the latents, or a function of the noise level t, in [0, 1], such as :class:`~elit.BudgetByNoise`."""
 
 
+AS_BASE: Literal["base"] = "base"
+"""In place of a layout: a forward without Read and Write."""
+
+
 class Call:
     """One forward of an elastic model: its interface, where its latents lie, and the tokens that wait for Write."""
 
-    def __init__(self, interface: RetrofitInterface, layout: Layout) -> None:
+    def __init__(self, interface: RetrofitInterface, layout: Layout | Literal["base"]) -> None:
         self.interface = interface
         self.layout = layout
         self.spatial: Tensor | None = None
 
     def before(self, block: "ElasticBlock", x: Tensor, condition: Tensor | None) -> Tensor:
         """Returns what a block works on: latents, where it is the first one of the core, of tokens x (B, N, D)."""
-        if not block.reads:
+        if not block.reads or isinstance(self.layout, str):
             return x
         assert condition is not None
         self.spatial = x
@@ -52,7 +57,7 @@ class Call:
 
     def after(self, block: "ElasticBlock", x: Tensor) -> Tensor:
         """Returns what comes after a block: spatial tokens again, where it is the last one of the core."""
-        if not block.writes:
+        if not block.writes or isinstance(self.layout, str):
             return x
         assert self.spatial is not None
         return self.interface.write(self.spatial, x, self.layout)
@@ -64,7 +69,7 @@ class Call:
             dim: of the tokens.
             prefix: so many tokens of text stand before those of the image.
         """
-        if not block.in_core:
+        if not block.in_core or isinstance(self.layout, str):
             return positions
         of_image = positions.narrow(dim, prefix, positions.shape[dim] - prefix).index_select(dim, self.layout.kept)
         return torch.cat((positions.narrow(dim, 0, prefix), of_image), dim) if prefix else of_image
@@ -101,6 +106,8 @@ class ElasticMixin:
         joint_guidance: whether its pipelines run both terms of guidance as one batch, and which half then is the weak
             one; None where they run one after the other.
         refused: arguments of its forward that it cannot work with, and why.
+        predicts: what its base was trained to predict.
+        condition: what its base draws: classes, captions, or None where captions alone do not make its inputs.
     """
 
     base: ClassVar[Any]
@@ -111,6 +118,8 @@ class ElasticMixin:
     timesteps: ClassVar[float] = 1000.0
     joint_guidance: ClassVar[tuple[str, str] | None] = None
     refused: ClassVar[dict[str, str]] = {}
+    predicts: ClassVar[Literal["noise", "velocity"]] = "velocity"
+    condition: ClassVar[Literal["classes", "captions"] | None] = None
 
     _cp_plan = None  # windows and latents are not split over devices
     config: Any
@@ -142,7 +151,7 @@ class ElasticMixin:
         cls.__init__ = register_to_config(__init__)  # type: ignore[method-assign]
 
         @functools.wraps(base.forward)  # pipelines look at its arguments
-        def forward(self: Any, *args: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
+        def forward(self: Any, *args: Any, layout: Layout | Literal["base"] | None = None, **kwargs: Any) -> Any:
             return self.run(args, kwargs, layout)
 
         cls.forward = forward
@@ -295,6 +304,10 @@ class ElasticMixin:
 
     # -------------------------------------------------------------------------------------------- a forward
 
+    def inputs(self, x: Tensor, timestep: Tensor, y: Condition) -> dict[str, Any]:
+        """Returns what a forward is given to predict noisy data x (B, C, H, W) at time steps (B,) of conditions y."""
+        raise NotImplementedError
+
     def grid_size(self, given: dict[str, Any]) -> Triple:
         """Returns the tokens (T, H, W) of what a forward is given."""
         height, width = given["hidden_states"].shape[-2:]
@@ -305,7 +318,7 @@ class ElasticMixin:
         *args: Any,
         budget: float | None = None,
         num_latents: int | None = None,
-        layout: Layout | None = None,
+        layout: Layout | Literal["base"] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the forward of the base, its core on latents.
@@ -314,7 +327,7 @@ class ElasticMixin:
             args, kwargs: as the base takes them. Their attention arguments may have an entry ``budget``.
             budget: the fraction of the latents to use; None is that of :meth:`set_budget`.
             num_latents: in its place the number of latents per window J~.
-            layout: for code that has looked it up already.
+            layout: for code that has looked it up already; :data:`AS_BASE` runs the forward of the base as it was.
 
         Raises:
             ElitError: a budget or input that the model cannot work with.
@@ -331,12 +344,12 @@ class ElasticMixin:
         else:
             level, weak = self._checked(num_latents, budget), None
         size, device = self.grid_size(given), given["hidden_states"].device
-        strong = self._layout(size, level, device)
+        strong = self.layout_of(size, level, device)
         if weak is None or weak == level:
             return above.__call__(*args, layout=strong, **kwargs)
-        return self._guided(args, kwargs, given["hidden_states"], strong, self._layout(size, weak, device))
+        return self._guided(args, kwargs, given["hidden_states"], strong, self.layout_of(size, weak, device))
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout | None) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout | Literal["base"] | None) -> Any:
         """Runs the forward of the base, with the call among the arguments that it hands on to its blocks."""
         if layout is None:  # somebody called forward itself
             return self(*args, **kwargs)
@@ -359,7 +372,12 @@ class ElasticMixin:
             if given.get(name) is not None:
                 raise ElitError(f"an elastic {self.base.__name__} takes no {name}: {reason}")
 
-    def _layout(self, size: Triple, level: int, device: torch.device) -> Layout:
+    def layout_of(self, size: Triple, level: int, device: torch.device) -> Layout:
+        """Returns where the latents of a level lie in a grid of tokens (T, H, W).
+
+        Raises:
+            ElitError: windows do not tile it.
+        """
         try:
             return self.elit.layout(size, level, device)
         except ElitError as error:

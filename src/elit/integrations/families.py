@@ -20,6 +20,7 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, Wan
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from elit.conditions import Condition, Text
 from elit.errors import ElitError
 from elit.integrations.elastic import Call, ElasticBlock, ElasticMixin, taken
 from elit.interface.grid import Triple
@@ -30,6 +31,7 @@ __all__ = ["ModelMixin", "elastic_version"]  # pipelines load a class of a modul
 CONTROLNET = "residuals of a ControlNet belong to all tokens, and the core has latents"
 SKIPPED = "Read and Write belong to blocks that would be skipped"
 MASKED = "a mask over all tokens does not fit latents"
+PIXELS_PER_LATENT = 8  # of the autoencoder of PixArt
 
 
 # ------------------------------------------------------------------------------------------------ DiT
@@ -68,6 +70,12 @@ class ElasticDiTTransformer2DModel(ElasticMixin, DiTTransformer2DModel):
     block_versions: ClassVar = {BasicTransformerBlock: ElasticDiTTransformerBlock}
     attention_arguments = "cross_attention_kwargs"
     joint_guidance = ("cond", "uncond")
+    predicts = "noise"
+    condition = "classes"
+
+    def inputs(self, x: Tensor, timestep: Tensor, y: Condition) -> dict[str, Any]:
+        """Returns what a forward is given, with labels y (B,)."""
+        return {"hidden_states": x, "timestep": timestep, "class_labels": y}
 
 
 # ------------------------------------------------------------------------------------------------ Stable Diffusion 3
@@ -133,11 +141,31 @@ class ElasticPixArtTransformerBlock(ElasticBlock, BasicTransformerBlock):
 class ElasticPixArtTransformer2DModel(ElasticMixin, PixArtTransformer2DModel):
     """An elastic ``PixArtTransformer2DModel``."""
 
+    use_additional_conditions: bool
+
     base = PixArtTransformer2DModel
     block_versions: ClassVar = {BasicTransformerBlock: ElasticPixArtTransformerBlock}
     attention_arguments = "cross_attention_kwargs"
     joint_guidance = ("uncond", "cond")
     refused: ClassVar = {"attention_mask": MASKED}
+    predicts = "noise"
+    condition = "captions"
+
+    def inputs(self, x: Tensor, timestep: Tensor, y: Condition) -> dict[str, Any]:
+        """Returns what a forward is given, with text y; larger models are also told the size of the picture."""
+        assert isinstance(y, Text)
+        size: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+        if self.use_additional_conditions:
+            height, width = (PIXELS_PER_LATENT * side for side in x.shape[-2:])
+            size["resolution"] = x.new_tensor([[height, width]]).expand(len(x), -1)
+            size["aspect_ratio"] = x.new_tensor([[height / width]]).expand(len(x), -1)
+        return {
+            "hidden_states": x,
+            "encoder_hidden_states": y.tokens,
+            "encoder_attention_mask": y.mask,
+            "timestep": timestep,
+            "added_cond_kwargs": size,
+        }
 
 
 # ------------------------------------------------------------------------------------------------ FLUX
@@ -362,6 +390,13 @@ FAMILIES: dict[type, type[ElasticMixin]] = {
 REASONS = {"SanaTransformer2DModel": "its blocks mix neighbouring tokens by convolutions, which latents do not have"}
 
 
+def refusal(name: str) -> str:
+    """Says that a class of transformers cannot be made elastic, why, and which ones can."""
+    known = ", ".join(sorted(each.__name__ for each in FAMILIES))
+    reason = REASONS.get(name)
+    return f"{name} cannot be made elastic{f': {reason}' if reason else ''}; take one of {known}"
+
+
 def elastic_version(
     transformer: Any,
     read_after: int | None,
@@ -375,9 +410,7 @@ def elastic_version(
     if isinstance(transformer, ElasticMixin):
         raise ElitError(f"this {kind.__name__} is elastic already")
     if kind not in FAMILIES:
-        known = ", ".join(sorted(each.__name__ for each in FAMILIES))
-        reason = REASONS.get(kind.__name__)
-        raise ElitError(f"{kind.__name__} cannot be made elastic{f': {reason}' if reason else ''}; take one of {known}")
+        raise ElitError(refusal(kind.__name__))
     if any("forward" in vars(module) for module in transformer.modules()):  # a hook of diffusers or accelerate
         raise ElitError(
             f"this {kind.__name__} has hooks, of offload or a cache; make it elastic first, then enable them"

@@ -151,6 +151,11 @@ class Model(nn.Module, HubModel):
     # -------------------------------------------------------------------------------------------- inputs
 
     @property
+    def stacks(self) -> list[nn.ModuleList]:
+        """The lists of its blocks, in the order in which tokens pass them."""
+        raise NotImplementedError
+
+    @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 

@@ -227,6 +227,11 @@ class Transformer(Model):
             Block(config.width, config.num_heads, config.mlp_ratio, config.qk_norm_kind) for _ in range(config.depth)
         )
 
+    @property
+    def stacks(self) -> list[nn.ModuleList]:
+        """The lists of its blocks: one."""
+        return [self.blocks]
+
     def init_weights(self) -> None:
         if self.label_embed is not None:
             nn.init.normal_(self.label_embed.weight, std=self.config.label_std)

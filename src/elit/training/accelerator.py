@@ -7,17 +7,17 @@ import torch
 
 from elit.errors import ElitError
 from elit.launch import default_device
-from elit.training.config import TrainConfig
+from elit.training.config import RunConfig
 
 
-def half_precision(config: TrainConfig) -> torch.dtype | None:
+def half_precision(config: RunConfig) -> torch.dtype | None:
     """Returns the dtype of matrix products, where it is not float32."""
     if config.precision == "auto":
         return torch.bfloat16 if torch.cuda.is_available() else None
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
 
 
-def make_accelerator(config: TrainConfig) -> Any:
+def make_accelerator(config: RunConfig) -> Any:
     """Finds processes, devices and trackers, and returns them as an object of accelerate.
 
     Raises:

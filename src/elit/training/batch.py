@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from elit.flow import Flow
+from elit.flow import TrainingFlow
 from elit.seeding import generator, normals, uniform
 
 
@@ -34,7 +34,7 @@ class TrainingDraws(NamedTuple):
 
 
 def draw(
-    flow: Flow,
+    flow: TrainingFlow,
     label_dropout: float,
     seed: int,
     count: int,

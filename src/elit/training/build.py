@@ -1,6 +1,9 @@
-"""The model that a run trains, as its configuration and its data want it."""
+"""What a run trains, as its configuration and its data want it."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
@@ -8,12 +11,61 @@ import torch
 from elit.conditions import Text
 from elit.data import Data
 from elit.errors import ElitError
+from elit.flow import TrainingFlow, flow_of
 from elit.interface import InterfaceConfig
-from elit.models import Model, config_for, create
+from elit.models import Model, Transformer, config_for, create
+from elit.models.files import save_model
 from elit.seeding import torch_seeded
 from elit.training.budgets import TrainingLevels, training_levels
 from elit.training.checks import check_type
 from elit.training.config import TrainConfig
+from elit.training.objective import Objective
+from elit.training.parallelize import apply_compile
+from elit.training.repa import AlignmentFeatures, check_alignment, make_projector
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run trains, and by which losses: all that the trainer does not know by itself.
+
+    Attributes:
+        model: what is trained.
+        levels: that training draws from.
+        flow: how data become noise.
+        objective: makes the model and its losses one module, on a device that the model is on.
+        save: writes the averaged weights, whole, into a folder from which they load.
+        compile: compiles the layers of the model in place; None leaves them as they are.
+    """
+
+    model: Model
+    levels: TrainingLevels
+    flow: TrainingFlow
+    objective: Callable[[torch.device], Objective]
+    save: Callable[[Model, Path], None] = save_model
+    compile: Callable[[], None] | None = None
+
+
+def build_task(config: TrainConfig, data: Data) -> Task:
+    """Makes the task of training a new model.
+
+    Raises:
+        ElitError: settings that do not fit the data or each other.
+    """
+    model, levels = build_model(config, data)
+    flow, repa = flow_of(model, config.path, times=config.times, stages=config.stages), config.repa
+
+    def objective(device: torch.device) -> Objective:
+        if repa.encoder is None:
+            return Objective(model, flow)
+        features = AlignmentFeatures(repa.encoder, check_alignment(repa, model), data, device)
+        projector = make_projector(model, features.width, config.seed).to(device)
+        return Objective(model, flow, features, projector, repa.depth, repa.coefficient)
+
+    def compile_layers() -> None:
+        assert isinstance(model, Transformer)
+        apply_compile(model, None if repa.encoder is None else model.blocks[repa.depth - 1])
+
+    return Task(model, levels, flow, objective, compile=compile_layers if config.compile else None)
 
 
 def build_model(config: TrainConfig, data: Data) -> tuple[Model, TrainingLevels]:

@@ -8,21 +8,21 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from elit.errors import ElitError
-from elit.training.config import TrainConfig
+from elit.training.config import RunConfig
 
 RANGES: list[tuple[str, Callable[[float], bool], str]] = [
     (
         "at least 1",
         lambda value: value >= 1,
         "steps batch_size micro_batch_size log_every checkpoint_every keep_checkpoints max_skipped "
-        "validation.samples validation.sampling_steps repa.depth",
+        "validation.samples validation.sampling_steps repa.depth lora_rank",
     ),
     ("at least 0", lambda value: value >= 0, "snapshot_every prefetch optimizer.warmup_steps"),
     ("at least 0", lambda value: value >= 0, "validation.every validation.images"),
     (
         "a number of at least 0",
         lambda value: 0 <= value < math.inf,
-        "optimizer.lr optimizer.weight_decay optimizer.muon_lr repa.coefficient",
+        "optimizer.lr optimizer.weight_decay optimizer.muon_lr repa.coefficient distillation",
     ),
     ("above 0", lambda value: value > 0, "optimizer.clip"),
     ("in [0, 1]", lambda value: 0 <= value <= 1, "label_dropout ema_decay optimizer.decay_from"),
@@ -34,7 +34,7 @@ RANGES: list[tuple[str, Callable[[float], bool], str]] = [
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
-def check(config: TrainConfig) -> None:
+def check(config: RunConfig) -> None:
     """Checks the settings of a run that stand for themselves.
 
     Raises:
@@ -43,7 +43,7 @@ def check(config: TrainConfig) -> None:
     _check_types(config)
     for words, fits, names in RANGES:
         for name in names.split():
-            value: Any = reduce(getattr, name.split("."), config)
+            value = _setting(config, name)
             for each in value if isinstance(value, Sequence) else (value,):
                 if each is not None and not fits(each):
                     raise ElitError(f"{name} is {value}; it must be {words}")
@@ -51,6 +51,11 @@ def check(config: TrainConfig) -> None:
         raise ElitError("parallel is fsdp, and optimizer.name muon needs whole matrices; take adamw or parallel ddp")
     if config.parallel == "fsdp" and config.precision == "fp16":
         raise ElitError("precision is fp16, whose loss scale parallel fsdp does not know; take bf16")
+
+
+def _setting(config: Any, name: str) -> Any:
+    """Returns a setting by its name, or None where this kind of run has none of that name."""
+    return reduce(lambda part, key: getattr(part, key, None), name.split("."), config)
 
 
 def _check_types(config: Any, inside: str = "") -> None:

@@ -79,22 +79,33 @@ class ElasticConfig:
 
 
 @dataclass
-class ValidationConfig:
-    """What a run shows of its averaged weights while it trains.
+class HeldOutConfig:
+    """What a run measures of its averaged weights while it trains.
 
     Attributes:
         every: steps between validations; 0 is none.
-        budgets: of the held-out loss and of the rows of the sample grid; unless given, those near 1/16, 1/4, 1/2 and 1
-            that are trained. A plain model has the full one alone.
+        budgets: of the held-out loss; unless given, those near 1/16, 1/4, 1/2 and 1 that are trained. A plain model has
+            the full one alone.
         samples: held-out samples that are looked at, the first ones.
-        images: samples per budget in the grid; 0 is no grid.
-        sampling_steps: of the grid.
-        autoencoder: diffusers autoencoder that decodes the grid of a model on latents: a folder or a Hub id.
     """
 
     every: int = 0
     budgets: list[float] | None = None
     samples: int = 1024
+
+
+@dataclass
+class ValidationConfig(HeldOutConfig):
+    """What a run measures and shows of its averaged weights while it trains.
+
+    Attributes:
+        budgets: of the held-out loss and of the rows of the sample grid; unless given, those near 1/16, 1/4, 1/2 and 1
+            that are trained. A plain model has the full one alone.
+        images: samples per budget in the grid; 0 is no grid.
+        sampling_steps: of the grid.
+        autoencoder: diffusers autoencoder that decodes the grid of a model on latents: a folder or a Hub id.
+    """
+
     images: int = 8
     sampling_steps: int = 20
     autoencoder: str | None = None
@@ -115,28 +126,24 @@ class RepaConfig:
     depth: int = 8
 
 
-@dataclass
-class TrainConfig:
-    """A training run.
+@dataclass(kw_only=True)
+class RunConfig:
+    """What every run of the trainer is told, whatever it trains.
 
     Attributes:
         out: the run directory; a run found there is continued.
-        resume: a run or checkpoint to start from where ``out`` has no checkpoint of its own yet.
         data: name of the data set, or where it lies.
+        resume: a run or checkpoint to start from where ``out`` has no checkpoint of its own yet.
         text_encoder: of captions: a text encoder of transformers (a folder or a Hub id), or words, a random vector for
             each word.
         flips: mirror half of the images at random; latents are mirrored when they are encoded.
-        model: what to train.
         elit: at which budgets.
         optimizer: how.
-        repa: alignment of hidden tokens with a pretrained encoder, added to the loss.
         steps: number of steps.
         batch_size: samples per step, over all processes.
         micro_batch_size: most samples in one forward of a process; gradients of the micro-batches are accumulated.
         seed: of weights, data order, noise, times and budgets.
-        path: linear or cosine.
         times: density of the training times.
-        stages: of a multi-scale model (DFM), instead: which stages are active, and their times.
         label_dropout: fraction of labels replaced by the null class, for guidance.
         ema_decay: of the moving average of the weights; step i uses at most (1 + i) / (10 + i).
         parallel: of several processes. ddp: each holds everything. fsdp (FSDP2): each holds its share of weights,
@@ -144,12 +151,10 @@ class TrainConfig:
         precision: auto is bf16 on a GPU and fp32 elsewhere. Weights and optimizer state are fp32 always.
         deterministic: on a GPU use only algorithms that give the same bits every time, which are slower; a run on a
             processor is bit-identical anyway.
-        compile: compile the blocks, Read, Write and the projection; layers of one kind share their compilations, and
-            another budget is not another one.
         prefetch: batches that a thread reads ahead of the step that trains on them; 0 reads each when it is needed.
         checkpoint_activations: keep the inputs of blocks only and compute the rest again: less memory, a third more
             FLOPs.
-        validation: loss and samples on the way.
+        validation: the held-out loss on the way.
         trackers: where the log goes, beside log.jsonl.
         log_every: steps between lines of the log.
         checkpoint_every: steps between checkpoints; the last step always makes one.
@@ -158,34 +163,53 @@ class TrainConfig:
         max_skipped: steps without a finite loss, in a row, that stop the run.
     """
 
-    out: str = "runs/train"
+    out: str
+    data: str
     resume: str | None = None
-    data: str = "digits"
     text_encoder: str = "words"
     flips: bool = False
-    model: ModelChoice = field(default_factory=ModelChoice)
     elit: ElasticConfig = field(default_factory=ElasticConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    repa: RepaConfig = field(default_factory=RepaConfig)
     steps: int = 500_000
     batch_size: int = 256
     micro_batch_size: int | None = None
     seed: int = 0
-    path: Literal["linear", "cosine"] = "linear"
     times: TimeDensity = field(default_factory=TimeDensity)
-    stages: StageDensity = field(default_factory=StageDensity)
     label_dropout: float = 0.1
     ema_decay: float = 0.9999
     parallel: Literal["ddp", "fsdp"] = "ddp"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     deterministic: bool = False
-    compile: bool = False
     prefetch: int = 2
     checkpoint_activations: bool = False
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    validation: HeldOutConfig = field(default_factory=HeldOutConfig)
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
     log_every: int = 50
     checkpoint_every: int = 5_000
     keep_checkpoints: int = 2
     snapshot_every: int = 0
     max_skipped: int = 10
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    """A run that trains a new model.
+
+    Attributes:
+        model: what to train.
+        repa: alignment of hidden tokens with a pretrained encoder, added to the loss.
+        path: linear or cosine.
+        stages: of a multi-scale model (DFM), in place of times: which stages are active, and their times.
+        compile: compile the blocks, Read, Write and the projection; layers of one kind share their compilations, and
+            another budget is not another one.
+        validation: loss and samples on the way.
+    """
+
+    out: str = "runs/train"
+    data: str = "digits"
+    model: ModelChoice = field(default_factory=ModelChoice)
+    repa: RepaConfig = field(default_factory=RepaConfig)
+    path: Literal["linear", "cosine"] = "linear"
+    stages: StageDensity = field(default_factory=StageDensity)
+    compile: bool = False
+    validation: ValidationConfig = field(default_factory=ValidationConfig)

@@ -15,12 +15,12 @@ from torch import Tensor
 from elit.data import Data, sample_indices
 from elit.data.dataset import map_tensors, read
 from elit.errors import ElitError
-from elit.flow import Flow
+from elit.flow import TrainingFlow
 from elit.models import Model
 from elit.seeding import derive_seed
 from elit.training.batch import MicroBatch, TrainingDraws, draw, micro_batches, pad_micro_batches, share
 from elit.training.budgets import TrainingLevels, scaled_batch_size
-from elit.training.config import TrainConfig
+from elit.training.config import RunConfig
 from elit.training.repa import AlignmentFeatures
 
 Place = TypeVar("Place")
@@ -76,10 +76,10 @@ class BatchLoader:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: RunConfig,
         model: Model,
         levels: TrainingLevels,
-        flow: Flow,
+        flow: TrainingFlow,
         data: Data,
         features: AlignmentFeatures | None = None,
         device: torch.device = torch.device("cpu"),  # noqa: B008

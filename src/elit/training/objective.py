@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elit.conditions import Condition
-from elit.flow import Flow
+from elit.flow import TrainingFlow
 from elit.models import Model, Transformer
 from elit.training.batch import TrainingDraws
+from elit.training.repa import AlignmentFeatures
 
 
 class Objective(nn.Module):
@@ -18,21 +19,44 @@ class Objective(nn.Module):
     Args:
         model: what is trained.
         flow: of the model: how data become noise, and what the loss is.
-        projector: of alignment (see :mod:`elit.training.repa`), or None.
+        features: that hidden tokens are aligned with (see :mod:`elit.training.repa`), or None.
+        projector: of alignment.
         depth: of alignment.
+        coefficient: of alignment.
+
+    Attributes:
+        terms: what is computed of each sample, by the names that the log has, and what multiplies it in the sum that
+            training minimizes.
     """
 
-    def __init__(self, model: Model, flow: Flow, projector: nn.Module | None = None, depth: int = 0) -> None:
+    terms: dict[str, float]
+
+    def __init__(
+        self,
+        model: Model,
+        flow: TrainingFlow,
+        features: AlignmentFeatures | None = None,
+        projector: nn.Module | None = None,
+        depth: int = 0,
+        coefficient: float = 0.0,
+    ) -> None:
         super().__init__()
         self.model = model
         self.flow = flow
+        self.features = features
         self.projector = projector
         self.depth = depth
+        self.terms = {"loss": 1.0} if projector is None else {"loss": 1.0, "alignment": -coefficient}
+
+    @property
+    def stacks(self) -> list[nn.ModuleList]:
+        """The lists of blocks whose weights are gathered one block at a time, where they are in shards."""
+        return self.model.stacks
 
     def forward(
         self, x: Tensor, y: Condition | None, draws: TrainingDraws, level: int, features: Tensor | None = None
     ) -> Tensor:
-        """Returns losses (1, B) of flow matching; with alignment (2, B), the negative mean cosine similarity below it.
+        """Returns the losses (1, B) of flow matching; with alignment (2, B), the mean cosine similarity below them.
 
         Args:
             x: data (B, C, H, W).
@@ -52,7 +76,7 @@ class Objective(nn.Module):
         finally:
             hook.remove()
         similarity = F.cosine_similarity(self.projector(hidden[0]).float(), features.float(), dim=-1)  # (B, N)
-        return torch.stack((flow, -similarity.mean(1)))
+        return torch.stack((flow, similarity.mean(1)))
 
     def flow_loss(self, x: Tensor, y: Condition | None, draws: TrainingDraws, level: int) -> Tensor:
         """Returns the flow-matching loss of each sample: (B,)."""

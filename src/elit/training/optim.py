@@ -118,7 +118,7 @@ def set_lr(optimizers: Mapping[str, Optimizer], config: OptimizerConfig, factor:
 
 
 class MovingAverage(nn.Module):
-    """Keeps a moving average of the weights of a model.
+    """Keeps a moving average of the weights of a model; frozen ones are shared with it.
 
     After step i = 0, 1, ... its decay is min(decay, (1 + i) / (10 + i)); after the first one it is the weights.
 
@@ -132,7 +132,8 @@ class MovingAverage(nn.Module):
 
     def __init__(self, model: Model, decay: float) -> None:
         super().__init__()
-        self.module = deepcopy(model)
+        frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+        self.module = deepcopy(model, frozen)
         self.decay = decay
 
     @torch.no_grad()
@@ -144,5 +145,6 @@ class MovingAverage(nn.Module):
             finite: () whether the step changed anything. If not, the average stays as it is.
         """
         weight = finite * (1 - min(self.decay, (1 + step) / (10 + step)) if step else 1.0)
-        averages: list[Tensor] = [*self.module.parameters()]
-        torch._foreach_lerp_(averages, [*model.parameters()], [weight] * len(averages))
+        averages: list[Tensor] = [value for value in self.module.parameters() if value.requires_grad]
+        weights: list[Tensor] = [value for value in model.parameters() if value.requires_grad]
+        torch._foreach_lerp_(averages, weights, [weight] * len(averages))

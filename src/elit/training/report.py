@@ -33,8 +33,8 @@ class Numbers:
 class StepReport:
     """What one step did.
 
-    A step is reported when it is launched. ``loss``, ``grad_norm``, ``alignment`` and ``skipped`` are known when the
-    device is done with it, and reading one of them waits for that; those of the step before can be had without waiting.
+    A step is reported when it is launched. ``loss``, ``grad_norm``, ``terms`` and ``skipped`` are known when the device
+    is done with it, and reading one of them waits for that; those of the step before can be had without waiting.
 
     Attributes:
         step: number of steps done.
@@ -42,8 +42,9 @@ class StepReport:
         num_latents: J~ of the step, the mean where samples differ; 0 without an interface.
         batch_size: samples of the step, over all processes.
         numbers: on their way from the device: loss, norm of the gradient, 1 if the step was skipped, how many processes
-            were asked to stop (by SIGINT, by SIGTERM), and alignment, where there is one.
+            were asked to stop (by SIGINT, by SIGTERM), and what else the objective computes.
         skipped_before: number of skipped steps before this one.
+        names: of what else the objective computes.
     """
 
     step: int
@@ -52,10 +53,11 @@ class StepReport:
     batch_size: int
     numbers: Numbers = field(repr=False, compare=False)
     skipped_before: int = field(repr=False, compare=False)
+    names: tuple[str, ...] = ()
 
     @property
     def loss(self) -> float:
-        """Mean flow-matching loss of the batch."""
+        """Mean loss of the batch: that of flow matching, or what the base of a distillation was trained with."""
         return self.numbers.values[0]
 
     @property
@@ -69,9 +71,15 @@ class StepReport:
         return self.skipped_before + int(self.numbers.values[2])
 
     @property
+    def terms(self) -> dict[str, float]:
+        """What the objective computes beside the loss, in the mean: ``alignment``, the cosine similarity with the
+        features of an encoder (``repa``); or of a distillation ``distillation`` and ``distance``."""
+        return dict(zip(self.names, self.numbers.values[5:], strict=True))
+
+    @property
     def alignment(self) -> float | None:
         """Mean cosine similarity with the features of an encoder, where there is one (``repa``)."""
-        return self.numbers.values[5] if len(self.numbers.values) > 5 else None
+        return self.terms.get("alignment")
 
     @property
     def stop_requests(self) -> list[float]:
@@ -84,4 +92,4 @@ class StepReport:
             "step": self.step, "loss": self.loss, "grad_norm": self.grad_norm, "lr": self.lr,
             "num_latents": self.num_latents, "batch_size": self.batch_size, "skipped": self.skipped,
         }  # fmt: skip
-        return values if self.alignment is None else values | {"alignment": self.alignment}
+        return values | self.terms

@@ -23,9 +23,9 @@ import fcntl
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from elit.errors import ElitError
 from elit.models import Model
 from elit.models.files import CONFIG, TRAINING, WEIGHTS, checkpoints, save_model
 from elit.tensors import check_fit, read_tensors, write_tensors
-from elit.training.config import OptimizerConfig, TrainConfig
+from elit.training.config import OptimizerConfig, RunConfig
 from elit.training.optim import MovingAverage, lr_factor
 from elit.training.parallelize import gather_full_tensors, shard_like
 
@@ -143,20 +143,21 @@ def save_checkpoint(run: Path, step: int, trained: Trained, extra: dict[str, Any
         shutil.rmtree(old)
 
 
-def save_snapshot(run: Path, step: int, trained: Trained, main: bool) -> None:
+def save_snapshot(run: Path, step: int, averaged: Model, save: Callable[[Model, Path], None], main: bool) -> None:
     """Writes the averaged weights of a step alone, a quarter of a checkpoint, into ``snapshots``, where they stay.
 
-    All processes call it; the main one writes.
+    Args:
+        averaged: the model that holds them, whole.
+        save: writes a model into a folder.
+        main: whether this is the process that writes.
 
     Raises:
         ElitError: the disk is full or the folder cannot be written.
     """
-    averaged = trained.ema.module
-    weights = gather_full_tensors(averaged.state_dict(), keep=main)
     target = run / "snapshots" / name_of(step)
     if main and not target.exists():
         with atomic_folder(target) as folder:
-            save_model(averaged, folder, weights)
+            save(averaged, folder)
 
 
 def drop_snapshots(run: Path, step: int) -> None:
@@ -206,7 +207,7 @@ def restore_checkpoint(folder: Path, trained: Trained) -> None:
 # ------------------------------------------------------------------------------------------------ the run directory
 
 
-def check_resume(run: Path, config: TrainConfig) -> Path | None:
+def check_resume(run: Path, config: RunConfig) -> Path | None:
     """Finds the checkpoint that training starts from, after a look whether the configuration may go on from it.
 
     Raises:
@@ -226,7 +227,7 @@ def check_resume(run: Path, config: TrainConfig) -> Path | None:
         )
     if not (run / CONFIG_FILE).exists():
         return checkpoint
-    settings, defaults = _as_yaml(config), _as_yaml(TrainConfig())
+    settings, defaults = _as_yaml(config), _defaults_of(config)
     # A setting that came with a later version of the library had its default.
     before = with_defaults(yaml.safe_load((run / CONFIG_FILE).read_text()) or {}, defaults)
     for key in sorted(settings.keys() - MUTABLE_ON_RESUME):
@@ -239,7 +240,7 @@ def check_resume(run: Path, config: TrainConfig) -> Path | None:
     return checkpoint
 
 
-def write_config(run: Path, config: TrainConfig) -> None:
+def write_config(run: Path, config: RunConfig) -> None:
     """Stores a run's configuration."""
     import yaml
 
@@ -247,9 +248,15 @@ def write_config(run: Path, config: TrainConfig) -> None:
         temporary.write_text(yaml.safe_dump(_as_yaml(config), sort_keys=False))
 
 
-def _as_yaml(config: TrainConfig) -> dict[str, Any]:
+def _as_yaml(config: RunConfig) -> dict[str, Any]:
     """Returns a configuration as YAML has it: no tuples."""
     return json.loads(json.dumps(asdict(config)))
+
+
+def _defaults_of(config: RunConfig) -> dict[str, Any]:
+    """Returns the defaults of a configuration as YAML has them; what has none is as it is given."""
+    needed = {each.name for each in fields(config) if each.default is MISSING and each.default_factory is MISSING}
+    return _as_yaml(type(config)(**{name: getattr(config, name) for name in needed}))
 
 
 def with_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ Precision, sharding and batching are ours, for they belong to a trainer, and acc
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +22,23 @@ from elit.conditions import Condition, map_condition, select_condition
 from elit.data import Data, open_data
 from elit.data.dataset import finish
 from elit.errors import ElitError
-from elit.flow import flow_of
 from elit.models import Model, Transformer
 from elit.training import state
 from elit.training.accelerator import half_precision, make_accelerator
 from elit.training.batch import TrainingDraws
-from elit.training.build import build_model
+from elit.training.build import Task, build_task
 from elit.training.checks import check
-from elit.training.config import TrainConfig
+from elit.training.config import RunConfig
 from elit.training.deterministic import deterministic_algorithms, require_deterministic_matmul
 from elit.training.loader import BatchLoader, StepBatch
-from elit.training.objective import Objective
 from elit.training.optim import MovingAverage, lr_factor, make_optimizers, named_groups, set_lr
 from elit.training.parallelize import (
     apply_activation_checkpointing,
-    apply_compile,
     apply_fsdp,
     gather_full_tensors,
     named_parameters,
 )
 from elit.training.provenance import provenance
-from elit.training.repa import AlignmentFeatures, check_alignment, make_projector
 from elit.training.report import Numbers, StepReport
 from elit.training.speed import Speed, Speedometer, peak_flops
 from elit.training.validation import Validation
@@ -50,7 +47,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Trainer:
-    """Trains a model as a configuration says, continuing the run directory's last checkpoint.
+    """Trains what a configuration says, continuing the run directory's last checkpoint.
 
     ``for report in trainer: ...`` does one step per turn. Leaving the loop early leaves a run that can be continued: by
     another trainer from its last checkpoint, or by iterating this one again from where it is.
@@ -62,6 +59,8 @@ class Trainer:
         config: the run.
         data: instead of the data set that the configuration names.
         held_out: likewise, for the validation.
+        build: makes what is trained of the configuration and the data; by default a new model. For the distillation
+            of a pretrained one it is :func:`~elit.training.distillation.build_distillation`.
 
     Attributes:
         model: the raw weights, unwrapped.
@@ -76,7 +75,13 @@ class Trainer:
         ElitError: a setting that does not fit, or a run directory that cannot be used.
     """
 
-    def __init__(self, config: TrainConfig, data: Data | None = None, held_out: Data | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        data: Data | None = None,
+        held_out: Data | None = None,
+        build: Callable[[Any, Data], Task] = build_task,
+    ) -> None:
         check(config)
         self.config = config
         self.run = Path(config.out)
@@ -86,21 +91,21 @@ class Trainer:
         if data is None:
             data = open_data(config.data, text_encoder=config.text_encoder, flips=config.flips)
         self.data = data
-        self.model, self.levels = build_model(config, self.data)
-        self.flow = flow_of(self.model, config.path, times=config.times, stages=config.stages)
-        self.validation = Validation(config, self.model, held_out)
+        self.task = build(config, self.data)
+        self.model, self.levels, self.flow = self.task.model, self.task.levels, self.task.flow
+        self.validation = Validation(config, self.model, self.flow, held_out)
         self.accelerator = make_accelerator(config)
         self.model.to(self.accelerator.device)
         self.ema = MovingAverage(self.model, config.ema_decay)
-        self.features = self._features()
-        self.objective = self._objective()
+        self.objective = self.task.objective(self.accelerator.device)
         self.sharded = config.parallel == "fsdp" and self.accelerator.num_processes > 1
         self.half = half_precision(config)
         self.network = self._parallelize()
         self.trained = self._trained()
         self.loader = self._loader()
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.half == torch.float16)
-        peak = peak_flops(self.accelerator.device) if self.half else None
+        counted = self.half and isinstance(self.model, Transformer)  # FLOPs of other models are not known
+        peak = peak_flops(self.accelerator.device) if counted else None
         peak = peak and peak * self.accelerator.num_processes
         self.speedometer = Speedometer(self.model, self.levels.levels, self.accelerator.device, peak)
         self.last_speed: Speed | None = None
@@ -201,21 +206,21 @@ class Trainer:
         set_lr(self.trained.optimizers, config.optimizer, factor)
         losses, requests = self._all_reduce(self._backward(batch))
         norm, finite = self._update(losses[0], batch.step)
-        alignment = -losses[1:]
-        numbers = Numbers(torch.cat((losses[:1], norm[None], ~finite[None], requests, alignment)))
+        numbers = Numbers(torch.cat((losses[:1], norm[None], ~finite[None], requests, losses[1:])))
         self.step, self.seen = batch.step + 1, self.seen + batch.size
         self._settle()
         for level in set(batch.levels):
             self.speedometer.add(level, batch.levels.count(level))
         mean_level = batch.levels[0] if len(set(batch.levels)) == 1 else sum(batch.levels) / batch.size
         lr = config.optimizer.lr * factor
-        self._unsettled = StepReport(self.step, lr, mean_level, batch.size, numbers, self.skipped)
+        _, *names = self.objective.terms
+        self._unsettled = StepReport(self.step, lr, mean_level, batch.size, numbers, self.skipped, tuple(names))
         return self._unsettled
 
     def _backward(self, batch: StepBatch) -> Tensor:
-        """Accumulates gradients of micro-batches: this process's part of the mean losses, (1,) or with alignment
-        (2,)."""
-        total = torch.zeros(1 if self.features is None else 2, device=self.accelerator.device)
+        """Accumulates gradients of micro-batches: this process's part of the means of the objective's R terms, (R,)."""
+        factors = self.objective.terms.values()
+        total = torch.zeros(len(factors), device=self.accelerator.device)
         x, y = self._samples(batch)
         for i, part in enumerate(batch.parts):
             with self._gradient_sync(last=i == len(batch.parts) - 1):
@@ -223,7 +228,7 @@ class Trainer:
                 pixels = None if batch.pixels is None else batch.pixels[part.indices]
                 losses = self._losses(x[part.indices], of_part, pixels, batch.draws.take(part.indices), part.level)
                 terms = losses.sum(1) * part.weight / batch.size
-                loss = terms[0] + self.config.repa.coefficient * terms[1:].sum()
+                loss = sum(factor * term for factor, term in zip(factors, terms, strict=True))
                 # Gradients of processes are averaged, and their losses add up.
                 self.scaler.scale(loss * self.accelerator.num_processes).backward()
             total += terms.detach()
@@ -249,10 +254,10 @@ class Trainer:
     def _losses(
         self, x: Tensor, y: Condition | None, pixels: Tensor | None, draws: TrainingDraws, level: int
     ) -> Tensor:
-        """Computes the losses of each sample of a micro-batch: (1, B), and with alignment (2, B)."""
+        """Computes the objective's R terms of each sample of a micro-batch: (R, B)."""
+        aligned = self.objective.features
         with torch.autocast(x.device.type, self.half, enabled=self.half is not None):
-            features = None if self.features is None else self.features(pixels, x)
-            return self.network(x, y, draws, level, features)
+            return self.network(x, y, draws, level, None if aligned is None else aligned(pixels, x))
 
     def _all_reduce(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """Sums losses over processes, and for each signal the processes that were asked to stop by it."""
@@ -300,35 +305,18 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------- what is trained
 
-    def _features(self) -> AlignmentFeatures | None:
-        """Loads what hidden tokens are aligned with, if with anything."""
-        repa = self.config.repa
-        if repa.encoder is None:
-            return None
-        model = check_alignment(repa, self.model)
-        return AlignmentFeatures(repa.encoder, model, self.data, self.accelerator.device)
-
-    def _objective(self) -> Objective:
-        if self.features is None:
-            return Objective(self.model, self.flow)
-        repa = self.config.repa
-        projector = make_projector(self.model, self.features.width, self.config.seed).to(self.accelerator.device)
-        return Objective(self.model, self.flow, projector, repa.depth)
-
     def _parallelize(self) -> nn.Module:
         """Prepares blocks as the configuration says, and wraps the objective for several processes."""
-        assert isinstance(self.model, Transformer)
         if self.config.checkpoint_activations:
-            apply_activation_checkpointing(self.model.blocks)
-        if self.config.compile:
-            aligned = None if self.features is None else self.model.blocks[self.config.repa.depth - 1]
-            apply_compile(self.model, aligned)
+            for blocks in self.model.stacks:
+                apply_activation_checkpointing(blocks)
+        if self.task.compile is not None:
+            self.task.compile()
         if not self.sharded:
             return self.accelerator.prepare(self.objective)
-        for network, model in ((self.objective, self.model), (self.ema, self.ema.module)):
-            assert isinstance(model, Transformer)
-            half = self.half if network is self.objective else None
-            apply_fsdp(network, model.blocks, self.accelerator.num_processes, self.accelerator.device, half)
+        networks = ((self.objective, self.objective.stacks, self.half), (self.ema, self.ema.module.stacks, None))
+        for network, stacks, half in networks:
+            apply_fsdp(network, chain(*stacks), self.accelerator.num_processes, self.accelerator.device, half)
         return self.objective
 
     def _trained(self) -> state.Trained:
@@ -344,7 +332,7 @@ class Trainer:
     def _loader(self) -> BatchLoader:
         accelerator = self.accelerator
         place = (accelerator.device, accelerator.process_index, accelerator.num_processes)
-        return BatchLoader(self.config, self.model, self.levels, self.flow, self.data, self.features, *place)
+        return BatchLoader(self.config, self.model, self.levels, self.flow, self.data, self.objective.features, *place)
 
     # -------------------------------------------------------------------------------------------- the run
 
@@ -391,7 +379,7 @@ class Trainer:
     def _save_where_due(self) -> None:
         every = self.config.snapshot_every
         if every and self.step % every == 0:
-            state.save_snapshot(self.run, self.step, self.trained, self.is_main)
+            state.save_snapshot(self.run, self.step, self.averaged(), self.task.save, self.is_main)
         if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
             self.save()
 

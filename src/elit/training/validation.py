@@ -7,12 +7,12 @@ from torch import Tensor
 
 from elit.conditions import map_condition
 from elit.data import Data, open_data
-from elit.flow import flow_of
+from elit.flow import TrainingFlow
 from elit.interface import check_budget
 from elit.models import Model
 from elit.seeding import derive_seed
 from elit.training.batch import draw
-from elit.training.config import TrainConfig
+from elit.training.config import RunConfig
 from elit.training.objective import Objective
 
 DEFAULT_BUDGETS = (1 / 16, 1 / 4, 1 / 2, 1.0)
@@ -24,16 +24,16 @@ class Validation:
 
     Args:
         model: what is trained.
+        flow: of the model.
         held_out: instead of the held-out part of the data set that the configuration names.
 
     Raises:
         ElitError: a setting out of its range, or data without a held-out part.
     """
 
-    def __init__(self, config: TrainConfig, model: Model, held_out: Data | None = None) -> None:
-        self.config = config
+    def __init__(self, config: RunConfig, model: Model, flow: TrainingFlow, held_out: Data | None = None) -> None:
+        self.config, self.flow = config, flow
         wanted = config.validation
-        self.flow = flow_of(model, config.path, times=config.times, stages=config.stages)
         self.levels = validation_levels(wanted.budgets, model)
         if wanted.every and held_out is None:
             held_out = open_data(config.data, held_out=True, text_encoder=config.text_encoder)

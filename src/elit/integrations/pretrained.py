@@ -1,0 +1,108 @@
+"""Pretrained transformers of diffusers on disk or on the Hub, as distillation begins with them."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.configuration_utils import ConfigMixin
+from safetensors import SafetensorError
+
+from elit.errors import ElitError
+from elit.integrations.elastic import ElasticMixin
+from elit.integrations.families import FAMILIES, refusal
+from elit.models.files import LOCAL
+
+
+class Pretrained(NamedTuple):
+    """A transformer that somebody trained, and what is known of it before its weights are read.
+
+    Attributes:
+        source: its folder or Hub id.
+        subfolder: where it lies there: ``transformer`` of a pipeline, or None.
+        family: the class of its elastic version.
+        config: its configuration.
+        scheduler: configuration of the scheduler of its pipeline, or None.
+    """
+
+    source: str
+    subfolder: str | None
+    family: type[ElasticMixin]
+    config: dict[str, Any]
+    scheduler: dict[str, Any] | None
+
+    def load(self) -> Any:
+        """Reads the transformer, in float32 and evaluation mode.
+
+        Raises:
+            ElitError: its weights are missing or damaged.
+        """
+        try:
+            # only safetensors: nothing that is read is executed
+            options = {"subfolder": self.subfolder, "use_safetensors": True, "torch_dtype": torch.float32}
+            return self.family.base.from_pretrained(self.source, **options).eval()
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ElitError(f"cannot load the weights of the base {self.source}: {reason}") from error
+
+    def on_meta(self) -> Any:
+        """Makes the transformer without memory: shapes only."""
+        with torch.device("meta"):
+            return self.family.base.from_config(self.config).eval()
+
+    def signal_levels(self) -> torch.Tensor:
+        """Returns the share of the data's variance at each step of the scheduler: float32, falling.
+
+        Raises:
+            ElitError: there is no scheduler, or the transformer predicts something else than noise.
+        """
+        name = self.family.base.__name__
+        if self.scheduler is None:
+            raise ElitError(
+                f"{self.source} is a transformer alone, and a {name} predicts noise at the steps of its scheduler; "
+                "give the folder of its pipeline, with transformer/ and scheduler/"
+            )
+        kind = self.scheduler.get("prediction_type", "epsilon")
+        if kind != "epsilon":
+            raise ElitError(f"the scheduler of {self.source} has prediction_type {kind}; a {name} must predict noise")
+        return DDPMScheduler.from_config(self.scheduler).alphas_cumprod
+
+
+def find_pretrained(source: str) -> Pretrained:
+    """Finds the transformer of a pipeline, or one that lies alone, and reads its configuration but no weights.
+
+    Args:
+        source: a folder that ``save_pretrained`` wrote, of a pipeline or a transformer; or a Hub id.
+
+    Raises:
+        ElitError: there is none, or it cannot be made elastic.
+    """
+    subfolder: str | None = "transformer"
+    owner, _, name = source.partition("/")
+    on_hub = bool(name) and "/" not in name and owner not in LOCAL and not Path(owner).exists()
+    config = None
+    if on_hub or Path(source).is_dir():
+        config = _config(source, subfolder)
+        if config is None:
+            subfolder, config = None, _config(source, None)
+    if config is None:
+        raise ElitError(
+            f"there is no base at {source}: give the folder of a pipeline or transformer of diffusers, or a Hub id"
+        )
+    name = str(config.get("_class_name"))
+    family = next((elastic for base, elastic in FAMILIES.items() if base.__name__ == name), None)
+    if name in {each.__name__ for each in FAMILIES.values()}:
+        raise ElitError(f"{source} holds a {name}, which is elastic already; give what it was made of")
+    if family is None:
+        raise ElitError(f"{source}: {refusal(name)}")
+    return Pretrained(source, subfolder, family, config, _config(source, "scheduler") if subfolder else None)
+
+
+def _config(source: str, subfolder: str | None) -> dict[str, Any] | None:
+    """Reads the configuration of one part of a pipeline; None where there is none."""
+    name = "scheduler_config.json" if subfolder == "scheduler" else "config.json"
+    reader: Any = type("Reader", (ConfigMixin,), {"config_name": name})
+    try:
+        return dict(reader.load_config(source, subfolder=subfolder))
+    except (OSError, ValueError):
+        return None
