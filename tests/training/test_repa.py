@@ -112,13 +112,13 @@ def test_images_of_the_published_layout(tmp_path: Path, encoder: str) -> None:
     (root / "images/dataset.json").write_text(json.dumps({"labels": [list(item) for item in names.items()]}))
     settings = aligned(tmp_path / "run", encoder, data=str(root), steps=2, batch_size=2)
     trainer = Trainer(settings)
-    assert isinstance(trainer.features, AlignmentFeatures)
+    assert isinstance(trainer.objective.features, AlignmentFeatures)
     images = ImageData(elit.data.ImageFolder(root / "images").batch(torch.arange(4))[0], torch.arange(4), 0)
     of_images = AlignmentFeatures(encoder, trainer.model, images, torch.device("cpu"))  # type: ignore[arg-type]
     indices = torch.tensor([2, 0])
     latents = trainer.data.batch(indices)[0]
-    pixels = trainer.features.read(indices, None)
-    assert torch.equal(trainer.features(pixels, latents), of_images(None, images.images[indices]))
+    pixels = trainer.objective.features.read(indices, None)
+    assert torch.equal(trainer.objective.features(pixels, latents), of_images(None, images.images[indices]))
     trainer.run_to_end()
     (root / "images/00000/img00000003.png").rename(root / "images/00000/img00000009.png")
     (root / "images/dataset.json").unlink()
