@@ -1,6 +1,6 @@
 """The scheduler and the controller on a virtual clock: nobody is lost or starved, budgets follow the load both ways."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from elit.serving import ControllerOptions, CostTable
 from elit.serving.job import Job, batch_seconds
 from elit.serving.points import OperatingPoint, points_at
-from elit.serving.scheduler import Scheduler, SchedulerOptions
+from elit.serving.scheduler import PATIENCE, Scheduler, SchedulerOptions
 from elit.serving.simulator import Outcome, attainment, simulate
 
 LEVELS, FULL = (1, 2, 4, 8), 8
@@ -134,6 +134,54 @@ def test_the_objective_survives_times_that_are_not_those_of_the_table() -> None:
     assert attainment(outcomes) >= 0.95
 
 
+class Credulous(Scheduler):
+    """Believes its costs."""
+
+    slowdown = 1.0
+
+
+def test_a_machine_that_is_suddenly_half_as_fast_is_noticed() -> None:
+    def found(scheduler: type[Scheduler], start: float, end: float) -> list[Outcome]:
+        clock = [0.0]
+
+        def seconds(batch: Sequence[Job]) -> float:
+            took = (2 if 20 < clock[0] < 60 else 1) * batch_seconds(batch, COSTS)
+            clock[0] += took
+            return took
+
+        options = replace(OPTIONS, refuse_late=True)
+        outcomes = simulate(scheduler(COSTS, options), poisson(0.8, 80), seconds)
+        return [each for each in outcomes if start <= each.job.arrival < end]
+
+    assert attainment(found(Scheduler, 0, 80)) >= 0.95
+    assert budget(found(Scheduler, 5, 18)) == 1.0 and budget(found(Scheduler, 72, 80)) > 0.95
+    assert 0.2 < budget(found(Scheduler, 25, 55)) < 0.7
+    assert attainment(found(Credulous, 20, 60)) < attainment(found(Scheduler, 20, 60)) - 0.01
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.0, 8.0])
+def test_costs_may_be_wrong_by_any_factor(factor: float) -> None:
+    """As where they were measured in a busy moment: the machine is as fast as ever, and its costs say otherwise."""
+    wrong = CostTable(LEVELS, SIZES, tuple(tuple(factor * each for each in row) for row in COSTS.seconds))
+    jobs = poisson(1.5, 60)
+    outcomes = simulate(Scheduler(wrong, OPTIONS), jobs, lambda batch: batch_seconds(batch, COSTS))
+    settled = [each for each in outcomes if each.job.arrival > 10]
+    assert attainment(settled) >= 0.95 and all(each.latency <= 2.5 for each in settled[::20])
+    assert 0.2 < budget(settled) < 0.95
+
+
+def test_a_batch_that_was_disturbed_changes_nothing() -> None:
+    budgets = []
+    for disturbed in (0, 50):
+        count = iter(range(1, 10**6))
+
+        def seconds(batch: Sequence[Job], every: int = disturbed, count: Iterator[int] = count) -> float:
+            return batch_seconds(batch, COSTS) * (10 if every and next(count) % every == 0 else 1)
+
+        budgets.append(budget(simulate(Scheduler(COSTS, OPTIONS), poisson(0.5, 60), seconds)))
+    assert budgets == [1.0, 1.0]
+
+
 def test_a_queue_that_would_only_grow_does_not_fill_all_the_time_that_there_is() -> None:
     """Near what the floor can serve, on a machine whose speed wanders, some time is kept in reserve."""
 
@@ -196,6 +244,22 @@ def test_nobody_starves() -> None:
     outcomes = simulate(scheduler, [patient, *poisson(4.0, 30)])
     (finish,) = (outcome.finish for outcome in outcomes if outcome.job is patient)
     assert finish is not None and finish <= 15 + 1
+
+
+@given(st.floats(0, 20), st.floats(1, 4), st.booleans(), st.integers(0, 100))
+@settings(max_examples=10, deadline=None)
+def test_nobody_without_an_objective_starves(arrival: float, load: float, refuse_late: bool, seed: int) -> None:
+    """Urgent requests come faster than they can be served, for longer than a patient one waits."""
+    patient = Job(arrival, STEPS, FULL)
+    urgent = poisson(load, arrival + PATIENCE + 5, seed)
+    for job in urgent:
+        job.latency_objective = 2.5
+    scheduler = Scheduler(COSTS, replace(OPTIONS, latency_objective=None, refuse_late=refuse_late, queue_limit=100))
+    outcomes = simulate(scheduler, sorted([patient, *urgent], key=lambda job: job.arrival))
+    (end,) = (outcome for outcome in outcomes if outcome.job is patient)
+    if end.finish is not None:  # else the queue was full
+        assert end.latency <= PATIENCE + 3
+    assert end.finish is not None or load > 1
 
 
 def test_a_job_that_cannot_keep_the_objective_does_not_lower_the_budgets_of_others() -> None:

@@ -99,7 +99,6 @@ def measure_costs(
     model: Model,
     path: str = "linear",
     most_rows: float | None = None,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> CostTable:
     """Measures a model on its device: steps of trajectories, as an engine takes them, at some levels and batch sizes.
 
@@ -107,8 +106,8 @@ def measure_costs(
 
     Args:
         most_rows: the most rows in a batch that are of interest; None is 64.
-        clock: tells the seconds.
     """
+    clock = processor_seconds if model.device.type == "cpu" else time.perf_counter
     levels = choose_levels(model.levels, MEASURED_LEVELS) or (0,)
     sizes: list[int] = []
     columns: list[list[float]] = []
@@ -141,7 +140,7 @@ def measure_costs(
 def _time_steps(model: Model, path: str, batches: Sequence[Sequence[int]], clock: Callable[[], float]) -> list[float]:
     """Times one step of each of several batches, which the levels of their rows describe: the least of rounds in turns.
 
-    Other work on the machine only ever adds to a time; how much it adds at present, the scheduler watches itself.
+    How much longer steps take at present, on a machine that does other work too, the scheduler watches itself.
     """
     stamps: list[list[float]] = [[] for _ in batches]
     size = len(batches[0])
@@ -158,6 +157,11 @@ def _time_steps(model: Model, path: str, batches: Sequence[Sequence[int]], clock
             torch.cat([trajectory.x for trajectory in flight]).isfinite().all().item()
             seconds += [clock() - start] * (turn > 0)  # the first warms up
     return [min(seconds) for seconds in stamps]
+
+
+def processor_seconds() -> float:
+    """Tells the processor time of each of PyTorch's threads: what they take while nothing else wants the processor."""
+    return time.process_time() / torch.get_num_threads()
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -4,8 +4,10 @@ The engine and the simulator run the same code, the one on a device and the othe
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 from elit.serving.controller import ControllerOptions, Load, choose_point, predicted_finishes
 from elit.serving.costs import CostTable
@@ -14,8 +16,8 @@ from elit.serving.points import OperatingPoint
 
 LENIENCE = 2.0  # a job that cannot keep the objective even alone gets so many times what it takes alone
 ADMITTED = 0.9  # share of the time that a job has, by which it must be predicted to finish to come in
-SMOOTHING = 0.1  # weight of the last batch in the running ratio of measured to predicted seconds
-WILDEST = 4.0  # a batch that took more times what was predicted was disturbed: it counts as so many
+RECENT = 15  # batches, of whose ratios of measured to predicted seconds the median counts
+PATIENCE = 30.0  # seconds after which a job without an objective is as urgent as one whose deadline is then
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,12 @@ class Scheduler:
     Attributes:
         point: what the controller gives at present.
         max_work: the most work in a batch at present.
-        slowdown: how much longer batches take than the costs say, lately.
     """
 
     def __init__(self, costs: CostTable, options: SchedulerOptions) -> None:
         self.costs, self.options, self.max_work = costs, options, options.max_work
         self.point = options.points[-1]
-        self.slowdown = 1.0
+        self._ratios = deque([1.0] * RECENT, RECENT)
         self._jobs: dict[Job, None] = {}  # in order of arrival
         self._batches_since = 0  # the last decision
         self._memory = max(options.latency_objective or 1.0, 1.0)  # seconds after which arrivals fade
@@ -68,6 +69,11 @@ class Scheduler:
 
     def __iter__(self) -> Iterator[Job]:
         return iter(self._jobs)
+
+    @property
+    def slowdown(self) -> float:
+        """How many times what the costs say batches take lately."""
+        return median(self._ratios)
 
     @property
     def queued(self) -> int:
@@ -89,7 +95,8 @@ class Scheduler:
 
     def set_costs(self, costs: CostTable, max_work: float) -> None:
         """Takes what was measured in place of what it began with."""
-        self.costs, self.max_work, self.slowdown = costs, max_work, 1.0
+        self.costs, self.max_work = costs, max_work
+        self._ratios.extend([1.0] * RECENT)
         for job in self._jobs:
             self._set_deadline(job)
 
@@ -102,6 +109,7 @@ class Scheduler:
 
         One that could not keep the objective even alone, at the cheapest point that it allows, gets twice the time that
         this takes, and the controller does not look at it: it would pull everybody's budget down in vain.
+        That the machine is slower than its costs say does not count here, for it may be so for a moment.
         """
         objective = job.latency_objective or self.options.latency_objective
         if objective is None:
@@ -110,6 +118,7 @@ class Scheduler:
         cheapest = self.options.points[0]
         forwards = job.rows(job.level_at(cheapest))
         alone = job.remaining_at(cheapest) * sum(self.costs.forward(rows) for rows in forwards)
+        alone *= min(1.0, self.slowdown)
         job.is_too_long = alone > objective
         job.deadline = job.arrival + (LENIENCE * alone if job.is_too_long else objective)
 
@@ -147,14 +156,18 @@ class Scheduler:
         """Notes that a batch took its evaluation, and how long that was."""
         predicted = batch_seconds(batch, self.costs)
         if predicted:
-            self.slowdown += SMOOTHING * (min(seconds / predicted, WILDEST) - self.slowdown)
+            self._ratios.append(seconds / predicted)
         for job in batch:
             job.evaluate()
 
-    def refusal(self, job: Job, now: float) -> float | None:
-        """Returns None where a job may come in, else the seconds after which it is worth trying again."""
+    def refusal(self, job: Job, now: float, beside: int = 0) -> float | None:
+        """Returns None where a job may come in, else the seconds after which it is worth trying again.
+
+        Args:
+            beside: how many others are about to come in.
+        """
         self._set_deadline(job)
-        if self.queued >= self.options.queue_limit:
+        if self.queued + beside >= self.options.queue_limit:
             return self._backlog(now)
         if not self.options.refuse_late or job.is_too_long:
             return None
@@ -166,7 +179,8 @@ class Scheduler:
         """Predicts the seconds until all that is here is finished, anew at most once a second: a full queue is long."""
         counted, seconds = self._last_backlog
         if not counted <= now < counted + 1:
-            seconds = max(predicted_finishes(self._load(list(self._jobs), now), self.options.points[0])) - now
+            finishes = predicted_finishes(self._load(list(self._jobs), now), self.options.points[0])
+            seconds = max(finishes, default=now) - now
             self._last_backlog = now, seconds
         return seconds
 
@@ -180,6 +194,8 @@ class Scheduler:
 def in_order(job: Job) -> tuple[float, float]:
     """Orders jobs: the earliest deadline first, and of equal deadlines the earliest arrival.
 
-    A deadline is a moment that all later arrivals are behind sooner or later, so nobody waits for ever.
+    A deadline is a moment that all later arrivals are behind sooner or later, so nobody waits for ever; nor does a job
+    without one, whose patience ends.
     """
-    return job.deadline, job.arrival
+    turn = job.arrival + PATIENCE if math.isinf(job.deadline) else job.deadline
+    return turn, job.arrival
