@@ -164,7 +164,7 @@ def prepare(
     """Measures costs and capacity, or reads what was measured before."""
     file, calibrated = folder / "costs.json", folder / "calibration.json"
     if not file.exists():
-        costs = measure_costs(model, clock=time.perf_counter if clock == "wall" else time.process_time)
+        costs = measure_costs(model)
         labels = list(range(model.config.num_classes))
         calibrate(model, labels, batch_size=int(costs.saturating_work()), guidance=guidance).save(calibrated)
         blank = Setup(model, steps, guidance, costs, (), 1e6, 0.0, 1.0)
@@ -470,10 +470,12 @@ def plot(table: Sequence[dict[str, Any]], setup: Setup, path: Path) -> None:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.8))
         for axis, (key, label, scale) in zip(axes, panels, strict=True):
-            for (name, _), (color, marker) in zip(POLICIES.items(), STYLES, strict=True):
+            for name, (color, marker) in zip(POLICIES, [*STYLES, ("#666666", "X")], strict=True):
                 rows = [
                     r for r in table if r["policy"] == name and r["pattern"] == "poisson" and r.get(key) is not None
                 ]
+                if not rows:
+                    continue
                 rows.sort(key=lambda row: row["load"])
                 loads = [row["load"] for row in rows]
                 width = 2.5 if name == "elastic" else 1.2
