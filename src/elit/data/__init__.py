@@ -14,10 +14,12 @@ from elit.data.latents import INDEX, PUBLISHED, EncodedFolder, LatentData, Laten
 from elit.data.moving import moving_digits
 from elit.data.order import sample_indices
 from elit.data.remote import local_copy
+from elit.data.scenes import scenes
 from elit.data.text import WORDS, open_encoder
 from elit.errors import ElitError
 
 EMBEDDED: dict[str, Callable[[bool], Data]] = {
+    "scenes": scenes,
     "digits": digits,
     "digits8": digits8,
     "moving-digits": moving_digits,
@@ -124,4 +126,5 @@ __all__ = [
     "open_data",
     "open_pixels",
     "sample_indices",
+    "scenes",
 ]

@@ -100,7 +100,7 @@ class TokenGrid:
 
     def raster_index(self) -> Tensor:
         """Returns the raster position of every token of every window: (G, J)."""
-        index = torch.arange(self.num_tokens)
+        index = torch.arange(self.num_tokens, device="cpu")
         return self.to_windows(index[None, :, None])[0, :, :, 0]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from elit.decode import check_types
 from elit.errors import ElitError
+from elit.interface.anchors import spread_order
 from elit.interface.budget import to_level, valid_levels
 from elit.interface.grid import TokenGrid, Triple, coordinates, triple
 from elit.layers import (
@@ -39,9 +40,11 @@ class InterfaceConfig:
         levels: the numbers of latents J~ that the model is trained with; None means all from ``min_latents`` to J.
             Training sets it, and a saved model keeps it.
         min_latents: the smallest level J_min, where ``levels`` is None; None means J / 16, as in the paper.
-        variant: ``paper`` (pre-norms everywhere, rotary positions) or ``published`` (the released SiT checkpoints:
-            queries of Read and inputs of Write not normalized, query-key norms over the full width, learned window
-            and latent positions, budgets rounded down).
+        variant: ``paper`` (latents begin as learned vectors; pre-norms everywhere, rotary positions), ``anchored`` (the
+            same, but a latent begins as a token of its window and, after the core, takes its place; the first J~ lie
+            evenly in the window) or ``published`` (the released SiT checkpoints: as paper, but queries of Read and
+            inputs of Write not normalized, query-key norms over the full width, learned window and latent positions,
+            budgets rounded down).
         write_depth: number of Write layers.
         tail_visible: what becomes of the latents beyond the budget. With False they are dropped everywhere, as in the
             paper. With True, Read fills all J latents, and Write sees those beyond the budget as Read left them; the
@@ -50,7 +53,7 @@ class InterfaceConfig:
 
     group_size: int | tuple[int, ...] = 4
     min_latents: int | None = None
-    variant: Literal["paper", "published"] = "paper"
+    variant: Literal["paper", "anchored", "published"] = "paper"
     write_depth: int = 1
     tail_visible: bool = False
     levels: tuple[int, ...] | None = None
@@ -60,6 +63,8 @@ class InterfaceConfig:
         triple(self.group_size)  # tells what is no size
         if self.write_depth < 1:
             raise ElitError(f"write_depth is {self.write_depth}; it must be at least 1")
+        if self.variant == "anchored" and self.tail_visible:
+            raise ElitError("tail_visible is for latents that are no tokens; leave it out with variant anchored")
 
 
 class Read(nn.Module):
@@ -159,7 +164,8 @@ class LatentInterface(nn.Module):
         self.trained_levels = valid_levels(self.num_latents, config.min_latents, level_step, config.levels)
         self.levels = self.trained_levels
 
-        self.latents = nn.Parameter(torch.empty(self.num_latents, width))
+        if not self.anchored:
+            self.latents = nn.Parameter(torch.empty(self.num_latents, width))
         self.read_layer = Read(width, num_heads, config.variant)
         self.write_layers = nn.ModuleList(Write(width, num_heads, config.variant) for _ in range(config.write_depth))
         if self.published:
@@ -174,14 +180,21 @@ class LatentInterface(nn.Module):
             self.latent_positions = nn.Parameter(torch.empty(self.MAX_POSITIONS, width))
         else:
             in_window = coordinates(self.grid.window, self.grid.axes, "cpu")
-            in_core = latent_positions(self.grid, self.grid.axes, self.num_latents, "cpu")
+            in_core = latent_positions(self.grid, self.grid.axes, self.num_latents, self.anchored, "cpu")
             self.window_table = RotaryTable(in_window, self.head_dim, rope_theta)
             self.core_table = RotaryTable(in_core, self.head_dim, rope_theta)
+            if self.anchored:
+                in_order = in_window[spread_order(self.grid.window)]
+                self.anchor_table = RotaryTable(in_order, self.head_dim, rope_theta)
         init_model(self)
 
     @property
     def published(self) -> bool:
         return self.config.variant == "published"
+
+    @property
+    def anchored(self) -> bool:
+        return self.config.variant == "anchored"
 
     def init_weights(self) -> None:
         for parameter in self.parameters(recurse=False):
@@ -221,8 +234,11 @@ class LatentInterface(nn.Module):
         is visible all J are filled, (B, G, J, D).
         """
         filled = self.num_latents if self.config.tail_visible else level
-        latents = residual(self.latents[:filled]).expand(*windows.shape[:2], -1, -1)
-        latents = self.read_layer(latents, windows, c, self.window_rope())
+        if self.anchored:
+            latents = windows.index_select(2, self.anchors(filled, windows.device))
+        else:
+            latents = residual(self.latents[:filled]).expand(*windows.shape[:2], -1, -1)
+        latents = self.read_layer(latents, windows, c, self.window_rope(), self.latent_rope(filled))
         if not self.published:
             return latents
         num_windows = windows.shape[1]
@@ -246,10 +262,17 @@ class LatentInterface(nn.Module):
         """Writes latents (B, G, J~, D) back into the spatial tokens of their windows (B, G, J, D)."""
         if self.published:
             windows = windows + self.write_positions
-        rope = self.window_rope()
+        level = latents.shape[2]
+        if self.anchored:
+            windows = windows.index_copy(2, self.anchors(level, windows.device), latents)
+        rope, latent_rope = self.window_rope(), self.latent_rope(level)
         for layer in self.write_layers:
-            windows = layer(windows, latents, rope)
+            windows = layer(windows, latents, rope, latent_rope)
         return windows
+
+    def anchors(self, level: int, device: torch.device) -> Tensor:
+        """Returns the places in the window that the latents of a level begin at and return to: (J~,)."""
+        return anchor_order(self.grid.window, device)[:level]
 
     def window_rope(self) -> Rotary | None:
         """Returns rotary positions (J, d / 2) of the tokens of a window, relative to it; latents are at the origin.
@@ -259,27 +282,44 @@ class LatentInterface(nn.Module):
         """
         return None if self.published else self.window_table()
 
+    def latent_rope(self, level: int) -> Rotary | None:
+        """Returns rotary positions (J~, d / 2) of anchored latents in their window; others are at its origin: None."""
+        return Rotary(*(table[:level] for table in self.anchor_table())) if self.anchored else None
+
     def core_rope(self, grid: TokenGrid, level: int, device: torch.device) -> Rotary | None:
-        """Returns rotary positions (K, d / 2) of the latents in the core: the index in the window, then the row and
-        column of the window (for video the time before them). The published variant has none."""
+        """Returns rotary positions (K, d / 2) of the latents in the core, of :func:`latent_positions`. The published
+        variant has none."""
         if self.published:
             return None
         if grid != self.grid:
-            return latent_rotary(grid, self.grid.axes, level, self.head_dim, self.rope_theta, device)
+            return latent_rotary(grid, self.grid.axes, level, self.anchored, self.head_dim, self.rope_theta, device)
         by_window = (grid.num_windows, self.num_latents, -1)
         # contiguous: the same layout at every level, also where flatten is a view, so that blocks compile once
         return Rotary(*(table.view(by_window)[:, :level].flatten(0, 1).contiguous() for table in self.core_table()))
 
 
-def latent_positions(grid: TokenGrid, axes: int, level: int, device: torch.device | str | None = None) -> Tensor:
-    """Returns the coordinates (K, 1 + axes) of the latents in use: the index in the window, then those of the
-    window."""
+def latent_positions(
+    grid: TokenGrid, axes: int, level: int, anchored: bool = False, device: torch.device | str | None = None
+) -> Tensor:
+    """Returns the coordinates of the latents in use: (K, 1 + axes) the index in the window, then the row and column of
+    the window (for video the time before them); of anchored ones (K, axes) those of their tokens in the grid."""
+    if anchored:
+        kept = grid.raster_index()[:, spread_order(grid.window)[:level]].flatten()
+        return coordinates(grid.size, axes, "cpu")[kept].to(device)
     place = coordinates(grid.shape, axes, device)
     index = torch.arange(level, device=device).repeat(grid.num_windows)
     return torch.cat((index[:, None], place.repeat_interleave(level, dim=0)), dim=1)
 
 
 @remembered_tables
-def latent_rotary(grid: TokenGrid, axes: int, level: int, head_dim: int, theta: float, device: torch.device) -> Rotary:
+def latent_rotary(
+    grid: TokenGrid, axes: int, level: int, anchored: bool, head_dim: int, theta: float, device: torch.device
+) -> Rotary:
     """Returns rotary positions (K, d / 2) of the latents of any grid."""
-    return rotary(latent_positions(grid, axes, level, device), head_dim, theta)
+    return rotary(latent_positions(grid, axes, level, anchored, device), head_dim, theta)
+
+
+@remembered_tables
+def anchor_order(window: Triple, device: torch.device) -> Tensor:
+    """Returns, for every latent of a window, which of its tokens it begins as: (J,)."""
+    return spread_order(window).to(device)

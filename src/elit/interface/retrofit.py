@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from elit.errors import ElitError
+from elit.interface.anchors import carry_weights, spread_order
 from elit.interface.budget import valid_levels
 from elit.interface.grid import TokenGrid, Triple, coordinates
 from elit.interface.latent import Read, Write
@@ -139,35 +140,3 @@ def _layout(grid: TokenGrid, level: int, head_dim: int, theta: float, device: to
         Rotary(rope.cos.to(device), rope.sin.to(device)),
         Rotary(rope.cos[slots].to(device), rope.sin[slots].to(device)),
     )
-
-
-@lru_cache(maxsize=64)
-def spread_order(window: Triple) -> Tensor:
-    """Orders the tokens of a window so that the first ones of all windows together lie evenly in the grid: (J,).
-
-    It begins in the middle of the window, and goes on with the token that is farthest from all before it. Windows
-    repeat, so distances go around the edges of a window.
-    """
-    places = coordinates(window, 3).double()
-    size = torch.tensor(window, dtype=torch.float64)
-    apart = (places[:, None] - places[None]).abs()
-    distance = torch.minimum(apart, size - apart).norm(dim=-1)  # (J, J)
-    middle = ((size - 1) / 2).floor()
-    order = [int((places - middle).norm(dim=-1).argmin())]
-    while len(order) < len(places):
-        nearest = distance[:, order].amin(1)
-        # of the tokens that are equally far from their nearest one, the one that is far from all
-        order.append(int((nearest + 1e-6 * distance[:, order].mean(1)).argmax()))
-    return torch.tensor(order)
-
-
-def carry_weights(places: Tensor, slots: Tensor) -> Tensor:
-    """Returns, for every token of a window, the weights of the kept ones by inverse squared distance: (J, J~).
-
-    Args:
-        places: coordinates of the tokens of the window (J, A).
-        slots: which of them are kept (J~,).
-    """
-    squared = (places[:, None] - places[None, slots]).square().sum(-1).float()
-    weights = 1 / squared.clamp(min=1e-6)
-    return weights / weights.sum(1, keepdim=True)

@@ -7,6 +7,7 @@ from elit.analysis import count_flops
 from elit.errors import ElitError
 from elit.interface import draw_level, listed, to_level
 from elit.models import Model
+from elit.seeding import derive_seed
 from elit.training.config import ElasticConfig
 
 
@@ -20,6 +21,19 @@ class TrainingLevels(NamedTuple):
         """Draws J~ of one step; 0 where there are none, in a model without an interface."""
         return draw_level(self.levels, seed, step, self.weights) if self.levels else 0
 
+    def draw_for(self, samples: int, seed: int, step: int, per_step: int = 1) -> list[int]:
+        """Draws J~ of every sample of a step: the first share of the batch has the first of its levels, and so on.
+
+        Args:
+            per_step: how many levels share the batch: see :class:`~elit.training.config.ElasticConfig`.
+        """
+        if not self.levels:
+            return [0] * samples
+        fixed = [self.levels[-1], self.levels[0]][: min(2, per_step - 1)]
+        drawn = [self.draw(seed, step if i == 0 else derive_seed(step, i)) for i in range(per_step - len(fixed))]
+        shares = fixed + drawn
+        return [shares[i * len(shares) // samples] for i in range(samples)]
+
 
 def training_levels(config: ElasticConfig, model: Model) -> TrainingLevels:
     """Works out the levels that a configuration means, of those that a model has.
@@ -28,16 +42,20 @@ def training_levels(config: ElasticConfig, model: Model) -> TrainingLevels:
         ElitError: names the key that does not fit the model or another key.
     """
     if model.interface is None:
-        given = [key for key, value in vars(config).items() if value not in (None, "constant")]
+        given = [key for key, value in vars(config).items() if value not in (None, "constant", 1)]
         if given:
             raise ElitError(f"elit.{given[0]} is set, but the model has no latent interface; take its ELIT- name")
         return TrainingLevels(())
     chosen = _chosen(config)
+    if config.batching == "scaled" and config.levels_per_step != 1:
+        raise ElitError("elit.batching is scaled, which needs one budget a step; elit.levels_per_step gives several")
     if config.by_noise is not None:
         if config.batching == "scaled":
             raise ElitError("elit.batching is scaled, which needs one budget a step; elit.by_noise gives several")
         if config.weights is not None:
             raise ElitError("elit.weights is for levels that are drawn; elit.by_noise draws none")
+        if config.levels_per_step != 1:
+            raise ElitError("elit.levels_per_step is for levels that are drawn; elit.by_noise draws none")
         return TrainingLevels(tuple(sorted({model.level(budget) for budget in config.by_noise.budgets})))
     levels = _listed(config.levels, model) if chosen == "levels" else _from_mask_probs(config, model)
     if config.weights is None:

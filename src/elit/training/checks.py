@@ -15,7 +15,7 @@ RANGES: list[tuple[str, Callable[[float], bool], str]] = [
         "at least 1",
         lambda value: value >= 1,
         "steps batch_size micro_batch_size log_every checkpoint_every keep_checkpoints max_skipped "
-        "validation.samples validation.sampling_steps repa.depth lora_rank",
+        "validation.samples validation.sampling_steps repa.depth lora_rank elit.levels_per_step",
     ),
     ("at least 0", lambda value: value >= 0, "snapshot_every prefetch optimizer.warmup_steps"),
     ("at least 0", lambda value: value >= 0, "validation.every validation.images"),

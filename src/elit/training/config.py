@@ -65,6 +65,9 @@ class ElasticConfig:
         weights: of the levels, the smallest first; they are scaled to sum to 1.
         by_noise: instead, the budget of each sample by its noise level: ``{thresholds: [0.5], budgets: [0.25, 1]}`` is
             a quarter of the latents while t > 0.5 and all below.
+        levels_per_step: levels in the batch of a step, which shares it out evenly. 1: one drawn for all samples. 2: the
+            highest, and one drawn. 3 or more: the highest, the lowest and others drawn (the sandwich rule of slimmable
+            networks, Yu & Huang 2019).
         batching: constant, or scaled: batch_size is that of full budget, and a step with fewer latents takes as many
             more samples as its forward costs less, so that every step has the same FLOPs.
     """
@@ -75,6 +78,7 @@ class ElasticConfig:
     levels: list[int] | None = None
     weights: list[float] | None = None
     by_noise: BudgetByNoise | None = None
+    levels_per_step: int = 1
     batching: Literal["constant", "scaled"] = "constant"
 
 

@@ -125,7 +125,7 @@ class BatchLoader:
         own = share(count, self.process, self.processes)
         indices = sample_indices(config.seed, seen, count, len(self.data))[own]
         draws, times = draw(self.flow, config.label_dropout, derive_seed(config.seed, "step", step), count, own)
-        levels = self._levels(times, level)
+        levels = self._levels(times, step)
         parts = micro_batches(levels[own], config.micro_batch_size)
         if config.parallel == "fsdp" and self.processes > 1:
             parts = pad_micro_batches(parts, levels, config.micro_batch_size, self.processes)
@@ -140,11 +140,11 @@ class BatchLoader:
         with torch.cuda.device(self.device):  # of this thread, which would take the first GPU
             return map_tensors(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory(), batch)
 
-    def _levels(self, t: Tensor, level: int) -> list[int]:
-        """Returns J~ of every sample: the step's, or by the sample's own noise level."""
+    def _levels(self, t: Tensor, step: int) -> list[int]:
+        """Returns J~ of every sample: drawn for the step, or by the sample's own noise level."""
         by_noise = self.config.elit.by_noise
         if by_noise is None:
-            return [level] * len(t)
+            return self.levels.draw_for(len(t), self.config.seed, step, self.config.elit.levels_per_step)
         return [self.model.level(by_noise(noise)) for noise in self.flow.noise_level(t).tolist()]
 
 
