@@ -25,6 +25,14 @@ from elit.models import Model
 from elit.training import ElasticConfig, ModelChoice, Trainer
 from photographs import photographs
 
+SMALL = replace(
+    RECIPE,
+    data="digits",
+    model=ModelChoice("ELIT-DiT-S/2", {**RECIPE.model.fields, "variant": "paper"}),
+    elit=ElasticConfig(group_size=4, min_mask_prob=0.0, max_mask_prob=0.9375),
+)
+"""``configs/train/digits.yaml``: the quickstart's recipe, but with learned latents and one budget a step."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -57,7 +65,7 @@ class Variant:
 
     name: str
     fields: Mapping[str, Any] = field(default_factory=dict)
-    elit: ElasticConfig = field(default_factory=lambda: RECIPE.elit)
+    elit: ElasticConfig = field(default_factory=lambda: SMALL.elit)
     budgets: Sequence[float] = BUDGETS
     change: Callable[[Trainer], None] = lambda trainer: None
 
@@ -86,8 +94,8 @@ def train(
     fields = {"width": setting.width, "num_heads": setting.width // 16}
     scale = f"width-{setting.width}-steps-{setting.steps}"
     config = replace(  # the quickstart's recipe, with half its batch
-        RECIPE, out=str(setting.out / scale / variant.name / f"seed-{seed}"), data="photographs",
-        model=ModelChoice(model, {**RECIPE.model.fields, **fields, **variant.fields}), elit=variant.elit,
+        SMALL, out=str(setting.out / scale / variant.name / f"seed-{seed}"), data="photographs",
+        model=ModelChoice(model, {**SMALL.model.fields, **fields, **variant.fields}), elit=variant.elit,
         steps=setting.steps, batch_size=32, seed=seed, checkpoint_every=setting.steps,
     )  # fmt: skip
     trainer = Trainer(config, photographs() if data is None else data)
@@ -106,7 +114,7 @@ def measure(setting: Setting, variant: Variant) -> list[Point]:
         Point(
             budget,
             count_flops(models[0].config, models[0].level(budget)).total,
-            [held_out_loss(model, held_out, budget, RECIPE.times).mean().item() for model in models],
+            [held_out_loss(model, held_out, budget, SMALL.times).mean().item() for model in models],
         )
         for budget in variant.budgets
     ]

@@ -29,7 +29,7 @@ from rich.table import Table
 from common import above, interval, shown
 from elit.analysis import count_flops
 from elit.analysis.environment import environment
-from elit.analysis.plots import GREY, STYLE, STYLES, budget_label, save
+from elit.analysis.plots import STYLE, STYLES, budget_label, save
 from elit.atomic import write_json
 from elit.commands.quickstart import BUDGETS, RECIPE
 from elit.data import scenes
@@ -89,7 +89,9 @@ VARIANTS: dict[str, Variant] = {
 def config_of(name: str, seed: int, steps: int, batch_size: int, out: Path) -> TrainConfig:
     """The training of a variant, which has the FLOPs of so many steps of the plain transformer."""
     variant = VARIANTS[name]
-    model = ModelChoice("DiT-S/2" if variant.elit is None else "ELIT-DiT-S/2", {**FIELDS, "patch_size": 4, **variant.fields})
+    model = ModelChoice(
+        "DiT-S/2" if variant.elit is None else "ELIT-DiT-S/2", {**FIELDS, "patch_size": 4, **variant.fields}
+    )
     config = replace(
         RECIPE, out=str(out / name.replace(" ", "-").replace(",", "").replace("/", "-") / f"seed-{seed}"),
         data="scenes", model=model, elit=variant.elit or ElasticConfig(), batch_size=batch_size, seed=seed,
@@ -109,7 +111,9 @@ def step_flops(config: TrainConfig) -> float:
     levels = trainer.levels
     if not levels.levels:
         return count_flops(trainer.model.config).total
-    drawn = [level for step in range(400) for level in levels.draw_for(12, config.seed, step, config.elit.levels_per_step)]
+    drawn = [
+        level for step in range(400) for level in levels.draw_for(12, config.seed, step, config.elit.levels_per_step)
+    ]
     return mean(count_flops(trainer.model.config, level).total for level in drawn)
 
 
@@ -177,7 +181,9 @@ def probe(model: Transformer, level: int) -> dict[str, float]:
 def follow(name: str, batch_size: int, out: Path) -> list[dict[str, float]]:
     """Probes a training of seed 0 over its first steps, at full budget."""
     config = config_of(name, 0, 10 * PROBED[-1], batch_size, out)
-    config = replace(config, out=str(out / "probes" / name.replace("/", "-")), validation=ValidationConfig(), checkpoint_every=10**6)
+    config = replace(
+        config, out=str(out / "probes" / name.replace("/", "-")), validation=ValidationConfig(), checkpoint_every=10**6
+    )
     trainer = Trainer(config, scenes())
     rows = [{"step": 0.0, **probe(trainer.model, trainer.model.num_latents)}]  # type: ignore[arg-type]
     for report in trainer:
@@ -201,7 +207,9 @@ def print_table(curves: Mapping[str, Sequence[Curve]]) -> None:
             values = [curve.losses[f"{budget:g}"][-1] for curve in of_seeds if f"{budget:g}" in curve.losses]
             cells.append(shown(interval(values)) if values else "")
         same = plain[: len(of_seeds)]
-        beside = shown(above([curve.at_full for curve in of_seeds], same), sign="+") if len(same) == len(of_seeds) else ""
+        beside = (
+            shown(above([curve.at_full for curve in of_seeds], same), sign="+") if len(same) == len(of_seeds) else ""
+        )
         table.add_row(name, f"{of_seeds[0].flops[-1]:.3g}", *cells, "" if name == "plain" else beside)
     Console(width=160).print(table)
 

@@ -359,7 +359,7 @@ def test_average_follows_its_definition() -> None:
 def test_config_file_is_the_recipe() -> None:
     parser = ArgumentParser()
     parser.add_class_arguments(TrainConfig, "run")
-    values = yaml.safe_load((ROOT / "configs/train/digits.yaml").read_text())
+    values = yaml.safe_load((ROOT / "configs/train/scenes.yaml").read_text())
     loaded = parser.instantiate(parser.parse_object({"run": values})).run
     # as JSON: what is a tuple in a dataclass is a list in YAML
     assert json.dumps(asdict(loaded)) == json.dumps(asdict(replace(RECIPE, out=loaded.out)))

@@ -18,7 +18,7 @@ from elit.evaluation.features import CachedFeatures
 from elit.evaluation.image_set import open_image_set
 from elit.evaluation.scores import differences, open_reference, save_reference, score
 
-ExtractorName = Literal["inception", "dinov2", "digits", "digits8"]
+ExtractorName = Literal["inception", "dinov2", "scenes", "digits", "digits8"]
 DIGITS = 6  # of a number in a table
 
 
@@ -53,7 +53,7 @@ class ScoreOptions(ExtractorOptions):
     """The options of `elit evaluate samples`.
 
     Attributes:
-        samples: a folder or zip of images, a .npz, or an embedded data set (digits, digits:held-out).
+        samples: a folder or zip of images, a .npz, or an embedded data set (scenes, scenes:held-out).
         reference: the same, or statistics: a .npz of the ADM suite or of elit evaluate reference.
         out: the .json file for scores and protocol.
     """

@@ -1,4 +1,4 @@
-"""`elit quickstart`: trains a small elastic model on real digits and shows what each budget costs and gives."""
+"""`elit quickstart`: trains a small elastic model on scenes of digits and shows what each budget costs and gives."""
 
 import tempfile
 import time
@@ -23,7 +23,7 @@ from elit.analysis import (
 from elit.analysis.environment import environment
 from elit.atomic import write_json
 from elit.commands.train import show_progress
-from elit.data import Data, digits
+from elit.data import Data, scenes
 from elit.errors import ElitError
 from elit.evaluation import Classifier, Judge, losses_by_budget, nearest_distance, train_classifier
 from elit.flow import Guidance
@@ -47,9 +47,9 @@ ATTENTION_TIME = 0.5
 GRID_CLASSES = 10
 
 RECIPE = TrainConfig(
-    data="digits",
+    data="scenes",
     model=ModelChoice(
-        "ELIT-DiT-S/2",
+        "ELIT-DiT-S/4",
         {
             "width": 64,
             "depth": 6,
@@ -58,9 +58,10 @@ RECIPE = TrainConfig(
             "tail_depth": 1,
             "label_std": 1.0,
             "positions": "sincos",
+            "variant": "anchored",
         },
     ),
-    elit=ElasticConfig(group_size=4, min_mask_prob=0.0, max_mask_prob=0.9375),
+    elit=ElasticConfig(group_size=4, levels_per_step=2),
     optimizer=OptimizerConfig(
         "muon",
         lr=2e-3,
@@ -80,7 +81,7 @@ RECIPE = TrainConfig(
     checkpoint_every=400,
     keep_checkpoints=1,
 )
-"""``configs/train/digits.yaml`` says the same."""
+"""``configs/train/scenes.yaml`` says the same."""
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -143,7 +144,7 @@ def steps_for(minutes: float, config: TrainConfig) -> int:
 
 
 def quickstart(out: Path = Path("runs/quickstart"), minutes: float | None = None, seed: int = 0) -> Path:
-    """Train a small elastic model on real digits and show what each budget costs and gives, on one page.
+    """Train a small elastic model on scenes of real digits and show what each budget costs and gives, on one page.
 
     Args:
         out: folder for the run, results.json, pictures and report.html.
@@ -163,12 +164,12 @@ def quickstart(out: Path = Path("runs/quickstart"), minutes: float | None = None
     config = replace(RECIPE, out=str(out / "run"), seed=seed)
     if minutes is not None:
         config = replace(config, steps=steps_for(minutes, config))
-    train, held_out = digits(), digits(held_out=True)
+    train, held_out = scenes(), scenes(held_out=True)
 
     trainer = Trainer(config, train)
     console.print(
-        f"[bold]1/3[/bold] training {count_parameters(trainer.model) / 1e6:.2f} M parameters on {len(train):,} images "
-        "of handwritten digits, a random number of latents at every step"
+        f"[bold]1/3[/bold] training {count_parameters(trainer.model) / 1e6:.2f} M parameters on {len(train):,} scenes "
+        "of handwritten digits: half of every batch with all latents, half with a random number of them"
     )
     continued, start = bool(checkpoints(config.out)), time.perf_counter()
     show_progress(trainer)
@@ -187,7 +188,7 @@ def quickstart(out: Path = Path("runs/quickstart"), minutes: float | None = None
     console.print(f"\n[bold]report: {report}[/bold]")
     console.print(
         f"next: elit sample --model {config.out} --num-images 16 --budget 0.25 "
-        "--guidance ccfg --guidance-scale 2 --out digits.png"
+        "--guidance ccfg --guidance-scale 2 --out scenes.png"
     )
     return report
 

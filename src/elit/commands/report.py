@@ -146,8 +146,8 @@ def page(out: Path, results: dict[str, Any]) -> str:
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>ELIT quickstart</title>
 <style>{STYLE}</style>
 <h1>One set of weights, many budgets</h1>
-<p class="lead">An elastic diffusion transformer with {training["parameters"] / 1e6:.2f} M parameters, trained on real
-handwritten digits for {config["steps"]:,} steps{time}. Each column below is the
+<p class="lead">An elastic diffusion transformer with {training["parameters"] / 1e6:.2f} M parameters, trained on scenes
+of real handwritten digits for {config["steps"]:,} steps{time}. Each column below is the
 same model and the same noise; only the fraction of latents in use differs.</p>
 <div class="row grids">{grids}</div>
 <h2>What each budget costs</h2>
@@ -156,7 +156,7 @@ same model and the same noise; only the fraction of latents in use differs.</p>
 {cost_table(results)}
 <p>One forward; FLOPs of one image, latency of a batch of {protocol["latency_batch"]} (median of 30, all budgets in
 turns). Elastic efficiency is the share of the latency over the share of the FLOPs: 1 means that time falls exactly as
-FLOPs do. The loss is on held-out digits with the same noise for every budget. 1 MAC = 2 FLOPs. Intervals are 95 %.</p>
+FLOPs do. The loss is on held-out scenes with the same noise for every budget. 1 MAC = 2 FLOPs. Intervals are 95 %.</p>
 <h2>What each budget gives</h2>
 <div class="row">{figure("quality-frechet-distance", "Frechet distance against cost")}
 {figure("quality-accuracy", "class accuracy against cost")}</div>
@@ -167,7 +167,7 @@ FLOPs do. The loss is on held-out digits with the same noise for every budget. 1
 <p>Medians over {protocol["samples_per_setting"]:,} samples, root mean square of pixels in [-1, 1].</p>
 <h2>Where the latents look</h2>{figure("attention", "Read attention beside the loss of every token")}
 <p>Attention that each token receives from the latents of its window, and its loss, both averaged over noises at
-t = 0.5, on held-out digits. Bars: rank correlation of the two within an image, and as a control with the attention of
+t = 0.5, on held-out scenes. Bars: rank correlation of the two within an image, and as a control with the attention of
 another image; error bars are 95 % intervals over images.</p>
 <footer>elit quickstart --seed {config["seed"]} &middot; elit {environment["elit"]}, torch {environment["torch"]},
 {environment["cores"]} cores, {environment["threads"]} threads &middot; {environment["date"]} &middot; numbers in

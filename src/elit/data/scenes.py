@@ -70,4 +70,3 @@ def layouts(number: int) -> Tensor:
     ways = places[torch.tensor(list(combinations(range(len(places)), number)))]  # (L, number, 2)
     apart = (ways[:, :, None] - ways[:, None]).abs().amax(-1) >= DIGIT
     return ways[(apart | torch.eye(number, dtype=torch.bool)).all(-1).all(-1)]
-

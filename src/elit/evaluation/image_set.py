@@ -53,7 +53,7 @@ def open_image_set(source: str | Path) -> ImageSet:
     """Opens the images of a folder or zip (sorted by name), of ``arr_0`` of an ``.npz``, or of an embedded data set.
 
     Args:
-        source: a path, or the name of an embedded data set: ``digits``, and ``digits:held-out`` for its other part.
+        source: a path, or the name of an embedded data set: ``scenes``, and ``scenes:held-out`` for its other part.
 
     Raises:
         ElitError: there are none, or they cannot be read.
