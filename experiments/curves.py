@@ -1,0 +1,220 @@
+"""Learning curves at equal training FLOPs: trainings that are kept, their held-out losses, tables and figures.
+
+What costs less than the plain transformer takes more steps, so that all have its FLOPs. A training is continued where
+it was stopped, and taken as it is where it is complete. Losses are on held-out data, the same samples with the same
+times and noise for all variants of a seed.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+from rich.console import Console
+from rich.table import Table
+
+from common import above, interval, shown
+from elit.analysis import count_flops
+from elit.analysis.plots import STYLE, STYLES, budget_label, save
+from elit.commands.quickstart import BUDGETS, RECIPE
+from elit.data import Data
+from elit.models.registry import build_on_meta, config_for
+from elit.training import ElasticConfig, ModelChoice, TrainConfig, Trainer, ValidationConfig
+from elit.training.budgets import training_levels
+
+POINTS = 8  # of a curve
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is trained.
+
+    Attributes:
+        fields: of the model, beside those of the scale.
+        elit: the levels of training; None is a plain transformer.
+        optimizer: what differs from the scale's.
+        shown: whether figures have it.
+    """
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    elit: ElasticConfig | None = field(default_factory=ElasticConfig)
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    shown: bool = False
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the trainings are, and on what.
+
+    Attributes:
+        train, held_out: the data.
+        fields: of every model.
+        patch_size: of every model.
+        steps: of the plain transformer.
+        batch_size: samples of a step.
+        out: where trainings, figure and numbers are kept.
+        recipe: everything else.
+    """
+
+    train: Data
+    held_out: Data
+    fields: Mapping[str, Any]
+    patch_size: int
+    steps: int
+    batch_size: int
+    out: Path
+    recipe: TrainConfig = field(default_factory=lambda: RECIPE)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one training came to.
+
+    Attributes:
+        run: its folder.
+        flops: of training, forward and backward, at each point.
+        losses: by budget, held out, at each point.
+    """
+
+    run: str
+    flops: Sequence[float]
+    losses: Mapping[str, Sequence[float]]
+
+    def final(self, budget: float) -> float | None:
+        return self.losses[f"{budget:g}"][-1] if f"{budget:g}" in self.losses else None
+
+    @property
+    def best(self) -> float:
+        """The last loss at the highest budget."""
+        return list(self.losses.values())[-1][-1]
+
+
+class OutOfTimeError(Exception):
+    """The minutes of this call are over; the next one goes on."""
+
+
+def config_of(scale: Scale, variants: Mapping[str, Variant], name: str, seed: int) -> TrainConfig:
+    """Returns the training of a variant, which has the FLOPs of so many steps of the plain transformer."""
+    variant = variants[name]
+    model_name = f"{'DiT' if variant.elit is None else 'ELIT-DiT'}-S/{scale.patch_size}"
+    folder = name.replace(",", "").replace(" ", "-").replace("/", "-")
+    config = replace(
+        scale.recipe, out=str(scale.out / folder / f"seed-{seed}"), data="(in memory)", batch_size=scale.batch_size,
+        model=ModelChoice(model_name, {**scale.fields, **variant.fields}), elit=variant.elit or ElasticConfig(),
+        optimizer=replace(scale.recipe.optimizer, **variant.optimizer), seed=seed,
+    )  # fmt: skip
+    flops, levels = forward_flops(scale, config)
+    plain = Variant(elit=None)
+    of_plain = flops if variant.elit is None else forward_flops(scale, config_of(scale, {"": plain}, "", seed))[0]
+    every = max(1, round(scale.steps * of_plain / flops) // POINTS)
+    budgets = [budget for budget in BUDGETS if levels and round(budget * levels[1]) in levels[0]]
+    validation = ValidationConfig(every=every, budgets=budgets or None, samples=1024, images=0)
+    return replace(config, steps=every * POINTS, validation=validation, checkpoint_every=every)
+
+
+def forward_flops(scale: Scale, config: TrainConfig) -> tuple[float, tuple[tuple[int, ...], int] | None]:
+    """Counts the FLOPs of a forward of one training sample, on average over the levels that steps draw.
+
+    Returns:
+        These, and the levels with J; None of a plain transformer.
+    """
+    channels, side = scale.train.shape[0], scale.train.shape[-1]
+    fields = {**config.model.fields, "in_channels": channels, "num_classes": scale.train.num_classes}
+    model = build_on_meta(config_for(config.model.name, resolution=side, downsample=1, **fields))
+    if model.interface is None:
+        return count_flops(model.config).total, None
+    levels = training_levels(config.elit, model)
+    drawn = [level for step in range(400) for level in levels.draw_for(12, 0, step, config.elit.levels_per_step)]
+    of_level = {level: count_flops(model.config, level).total for level in set(drawn)}
+    return mean(of_level[level] for level in drawn), (levels.levels, model.num_latents)
+
+
+def train(scale: Scale, config: TrainConfig, until: float | None = None) -> Curve:
+    """Trains to the end, and reads the held-out losses from the log.
+
+    Args:
+        until: the time of the clock at which to stop.
+
+    Raises:
+        OutOfTimeError: that time came first. What was trained is kept.
+    """
+    trainer = Trainer(config, scale.train, scale.held_out)
+    for _ in trainer:
+        if until is not None and time.monotonic() > until:
+            trainer.request_stop()
+    if trainer.step < config.steps:
+        raise OutOfTimeError
+    lines = [json.loads(line) for line in (Path(config.out) / "log.jsonl").read_text().splitlines()]
+    points = [line for line in lines if any(key.startswith("held_out_loss") for key in line)]
+    per_step = 3 * forward_flops(scale, config)[0] * config.batch_size
+    budgets = [key.partition("/")[2] for key in points[0] if key.startswith("held_out_loss")]
+    losses = {budget: [point[f"held_out_loss/{budget}"] for point in points] for budget in budgets}
+    return Curve(config.out, [per_step * point["step"] for point in points], losses)
+
+
+def train_all(
+    scale: Scale, variants: Mapping[str, Variant], names: Sequence[str], seeds: int, minutes: float | None = None
+) -> dict[str, list[Curve]]:
+    """Trains every variant with the seeds 0, 1, ..., all of one seed before the next.
+
+    Raises:
+        OutOfTimeError: see :func:`train`.
+    """
+    until = None if minutes is None else time.monotonic() + 60 * minutes
+    curves: dict[str, list[Curve]] = {name: [] for name in names}
+    for seed in range(seeds):
+        for name in curves:
+            curve = train(scale, config_of(scale, variants, name, seed), until)
+            curves[name].append(curve)
+            print(f"seed {seed}: {name}, {curve.flops[-1]:.3g} FLOPs, loss {curve.best:.4f}", flush=True)
+    return curves
+
+
+def print_curves(curves: Mapping[str, Sequence[Curve]], title: str) -> None:
+    """Prints final losses by budget, and the best one of each beside the plain transformer of the same seed."""
+    plain = [curve.best for curve in curves.get("plain", [])]
+    table = Table("variant", "FLOPs", *map(budget_label, BUDGETS), "above plain", title=title, title_justify="left")
+    for name, of_seeds in curves.items():
+        cells = []
+        for budget in BUDGETS:
+            values = [loss for curve in of_seeds if (loss := curve.final(budget)) is not None]
+            cells.append(shown(interval(values)) if values else "")
+        beside = shown(above([curve.best for curve in of_seeds], plain), sign="+") if plain and name != "plain" else ""
+        table.add_row(name, f"{of_seeds[0].flops[-1]:.3g}", *cells, beside)
+    Console(width=160).print(table)
+
+
+@mpl.rc_context(STYLE)
+def plot_curves(curves: Mapping[str, Sequence[Curve]], variants: Mapping[str, Variant], path: Path) -> None:
+    """Draws the loss at the highest budget over training FLOPs, and the loss at the end over the budget."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2))
+    for name, (colour, marker) in zip([name for name in curves if variants[name].shown], STYLES, strict=False):
+        of_seeds = curves[name]
+        highest = list(of_seeds[0].losses)[-1]
+        means = [mean(losses) for losses in zip(*(curve.losses[highest] for curve in of_seeds), strict=True)]
+        left.plot(of_seeds[0].flops[1:], means[1:], color=colour, marker=marker, markersize=4, label=name)
+        budgets = [budget for budget in BUDGETS if f"{budget:g}" in of_seeds[0].losses]
+        if len(budgets) > 1:
+            ends = [interval(curve.losses[f"{budget:g}"][-1] for curve in of_seeds) for budget in budgets]
+            style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "capsize": 3, "elinewidth": 1}
+            right.errorbar(budgets, [m for m, _ in ends], yerr=[half for _, half in ends], **style)
+        else:
+            right.axhline(means[-1], color=colour, linewidth=1, linestyle="--")
+    left.set_xlabel("training FLOPs")
+    left.set_ylabel("held-out loss at the highest budget")
+    right.set_xscale("log", base=2)
+    right.set_xticks(BUDGETS, [budget_label(budget) for budget in BUDGETS])
+    right.set_xlabel("budget (dashed: no budgets)")
+    right.set_ylabel("held-out loss at the end")
+    figure.legend(loc="lower center", ncols=4, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    save(figure, path)
+
+
+def as_json(curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
+    return {name: [vars(curve) for curve in of_seeds] for name, of_seeds in curves.items()}
