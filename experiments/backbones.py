@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 import elit
-from common import SMALL
+from common import DIGITS
 from elit.analysis import count_flops, count_parameters
 from elit.analysis.plots import budget_label, plot_overview, save
 from elit.conditions import map_condition
@@ -28,14 +28,14 @@ from elit.data.captions import CAPTIONS, WordVectors
 from elit.evaluation import classify, frechet_distance, held_out_loss, moments, train_classifier
 from elit.training import ModelChoice, Trainer
 
-FIELDS = SMALL.model.fields
+FIELDS = DIGITS.model.fields
 NAMES = {
     "ELIT-DiT-S/2": FIELDS,
     "ELIT-UViT-S/2": FIELDS,
     "ELIT-HDiT-S/2": FIELDS | {"inner_depth": 2},
     "ELIT-MMDiT-S/2": FIELDS,
 }
-LEVELS = {"ELIT-HDiT-S/2": replace(SMALL.elit, max_mask_prob=0.75)}  # multiples of 4
+LEVELS = {"ELIT-HDiT-S/2": replace(DIGITS.elit, max_mask_prob=0.75)}  # multiples of 4
 BUDGETS = (1 / 4, 1.0)
 GUIDANCE = elit.Guidance("cfg", scale=2.0)
 
@@ -67,8 +67,8 @@ def compare(
         of_text = "MMDiT" in name
         data = "captioned-digits" if of_text else "digits"
         config = replace(
-            SMALL, out=str(out / name.replace("/", "-")), data=data, model=ModelChoice(name, NAMES[name]), steps=steps,
-            seed=seed, elit=LEVELS.get(name, SMALL.elit),
+            DIGITS, out=str(out / name.replace("/", "-")), data=data, model=ModelChoice(name, NAMES[name]), steps=steps,
+            seed=seed, elit=LEVELS.get(name, DIGITS.elit),
         )  # fmt: skip
         trainer = Trainer(config)
         start = time.perf_counter()

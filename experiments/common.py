@@ -25,7 +25,7 @@ from elit.models import Model
 from elit.training import ElasticConfig, ModelChoice, Trainer
 from photographs import photographs
 
-SMALL = replace(
+DIGITS = replace(
     RECIPE,
     data="digits",
     model=ModelChoice("ELIT-DiT-S/2", {**RECIPE.model.fields, "variant": "paper"}),
@@ -65,7 +65,7 @@ class Variant:
 
     name: str
     fields: Mapping[str, Any] = field(default_factory=dict)
-    elit: ElasticConfig = field(default_factory=lambda: SMALL.elit)
+    elit: ElasticConfig = field(default_factory=lambda: DIGITS.elit)
     budgets: Sequence[float] = BUDGETS
     change: Callable[[Trainer], None] = lambda trainer: None
 
@@ -94,8 +94,8 @@ def train(
     fields = {"width": setting.width, "num_heads": setting.width // 16}
     scale = f"width-{setting.width}-steps-{setting.steps}"
     config = replace(  # the quickstart's recipe, with half its batch
-        SMALL, out=str(setting.out / scale / variant.name / f"seed-{seed}"), data="photographs",
-        model=ModelChoice(model, {**SMALL.model.fields, **fields, **variant.fields}), elit=variant.elit,
+        DIGITS, out=str(setting.out / scale / variant.name / f"seed-{seed}"), data="photographs",
+        model=ModelChoice(model, {**DIGITS.model.fields, **fields, **variant.fields}), elit=variant.elit,
         steps=setting.steps, batch_size=32, seed=seed, checkpoint_every=setting.steps,
     )  # fmt: skip
     trainer = Trainer(config, photographs() if data is None else data)
@@ -114,7 +114,7 @@ def measure(setting: Setting, variant: Variant) -> list[Point]:
         Point(
             budget,
             count_flops(models[0].config, models[0].level(budget)).total,
-            [held_out_loss(model, held_out, budget, SMALL.times).mean().item() for model in models],
+            [held_out_loss(model, held_out, budget, DIGITS.times).mean().item() for model in models],
         )
         for budget in variant.budgets
     ]

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from common import SMALL, Point, Setting, Variant, above, interval, plot_losses, shown, train, write_json
+from common import DIGITS, Point, Setting, Variant, above, interval, plot_losses, shown, train, write_json
 from elit.analysis import attention_maps, count_flops
 from elit.data import ImageData
 from elit.flow import flow_matching_error, path_named
@@ -62,11 +62,11 @@ def budget_of(model: Model) -> float | None:
 def content_loss(model: Model, padded: bool, batch_size: int = 300) -> float:
     """Held-out loss of the crop's pixels; the crop has the same noise and times with and without its padding."""
     data = photographs(held_out=True)
-    path = path_named(SMALL.path)
+    path = path_named(DIGITS.path)
     errors = []
     for indices in torch.arange(len(data)).split(batch_size):
         rng = generator("padding", int(indices[0]))
-        t = SMALL.times.draw(len(indices), path, rng)
+        t = DIGITS.times.draw(len(indices), path, rng)
         canvas = normal(rng, (len(indices), 3, SIDE + 2 * BORDER, SIDE + 2 * BORDER))
         x, y = (pad(data) if padded else data).batch(indices)
         x, y, t, noise = (v.to(model.device) for v in (x, y, t, canvas if padded else crop(canvas)))

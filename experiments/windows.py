@@ -9,15 +9,15 @@ from dataclasses import replace
 
 from jsonargparse import auto_cli
 
-from common import ELASTIC, SMALL, Setting, Variant, compare
+from common import DIGITS, ELASTIC, Setting, Variant, compare
 from elit.commands.quickstart import BUDGETS
 
 SMALL = Variant(
     "windows-of-2",
-    elit=replace(SMALL.elit, group_size=2, max_mask_prob=0.75),  # one latent of four is left
+    elit=replace(DIGITS.elit, group_size=2, max_mask_prob=0.75),  # one latent of four is left
     budgets=[budget for budget in BUDGETS if budget >= 0.25],
 )
-LARGE = Variant("windows-of-8", elit=replace(SMALL.elit, group_size=8))
+LARGE = Variant("windows-of-8", elit=replace(DIGITS.elit, group_size=8))
 
 
 def run(setting: Setting) -> None:
