@@ -6,8 +6,8 @@
 Every training sees scenes, with the quickstart's recipe and half its batch. Pieces of the whole can run one by one.
 
 Names: where latents begin (`learned` vectors, or `anchored` to tokens), then how many levels share a step: 1 is one
-drawn at random, 2 adds full budget, 3 the lowest too; `full` trains full budget alone. Positions are the quickstart's, a
-sine-cosine table; the core of an ELIT has rotary ones in addition, so `rotary` gives them to all blocks, without the
+drawn at random, 2 adds full budget, 3 the lowest too; `full` trains full budget alone. Positions are the quickstart's,
+a sine-cosine table; the core of an ELIT has rotary ones in addition, so `rotary` gives them to all blocks, without the
 table.
 """
 

@@ -10,7 +10,7 @@ float32. So tokens are float32 in head, core and tail of every backbone.
 import math
 from collections.abc import Callable, Hashable
 from functools import wraps
-from typing import Literal, NamedTuple, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -112,11 +112,44 @@ def rotate(x: Tensor, rope: Rotary) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
-class RotaryTable(nn.Module):
-    """Keeps a :func:`rotary` table beside the weights, so that a forward on the grid of training computes none.
+class Table(nn.Module):
+    """Keeps constants beside the weights, so that a forward computes none.
 
-    It moves with its module but stays float32: bfloat16 has 8 bits, too few for positions. On the ``meta`` device it is
-    empty, and it is computed when its module leaves that device.
+    They move with their module, but keep their dtype. On the ``meta`` device they are empty, and they are computed when
+    their module leaves that device.
+
+    Args:
+        arguments: of :meth:`compute`.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__()
+        self.arguments = arguments
+        for name, value in self.compute(*arguments).items():
+            self.register_buffer(name, value.to(torch.get_default_device()), persistent=False)
+
+    @staticmethod
+    def compute(*arguments: Any) -> dict[str, Tensor]:
+        """Makes the constants by name, on the CPU."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Of what `fn` does to tensors, only the move is wanted here.
+        known = {name: value for name, value in self._buffers.items() if value is not None}
+        one = next(iter(known.values()))
+        try:
+            device = fn(one[:0]).device
+        except NotImplementedError:  # it copies, and from meta nothing can be copied
+            device = fn(torch.empty(0, device="cpu")).device
+        if one.is_meta and device.type != "meta":
+            known = self.compute(*self.arguments)
+        self._buffers.update({name: value.to(device) for name, value in known.items()})
+        return self
+
+
+class RotaryTable(Table):
+    """Keeps a :func:`rotary` table for the grid of training. It stays float32: bfloat16 has 8 bits, too few for
+    positions.
 
     Args:
         positions: (L, A), on the CPU.
@@ -127,25 +160,14 @@ class RotaryTable(nn.Module):
     sin: Tensor
 
     def __init__(self, positions: Tensor, head_dim: int, theta: float) -> None:
-        super().__init__()
-        self.arguments = positions, head_dim, theta
-        table, device = rotary(*self.arguments), torch.get_default_device()
-        self.register_buffer("cos", table.cos.to(device), persistent=False)
-        self.register_buffer("sin", table.sin.to(device), persistent=False)
+        super().__init__(positions, head_dim, theta)
+
+    @staticmethod
+    def compute(*arguments: Any) -> dict[str, Tensor]:
+        return rotary(*arguments)._asdict()
 
     def forward(self) -> Rotary:
         return Rotary(self.cos, self.sin)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Of what `fn` does to tensors, only the move is wanted here.
-        try:
-            device = fn(self.cos[:0]).device
-        except NotImplementedError:  # it copies, and from meta nothing can be copied
-            device = fn(torch.empty(0, device="cpu")).device
-        leaves_meta = self.cos.is_meta and device.type != "meta"
-        table = rotary(*self.arguments) if leaves_meta else self.forward()
-        self.cos, self.sin = table.cos.to(device), table.sin.to(device)
-        return self
 
 
 def remembered_tables(compute: Callable[..., T]) -> Callable[..., T]:

@@ -11,7 +11,7 @@ from elit.analysis import count_flops
 from elit.interface import BudgetByNoise
 from elit.models import create
 from elit.training import ElasticConfig, Trainer, ValidationConfig
-from elit.training.budgets import training_levels
+from elit.training.budgets import TrainingLevels, training_levels
 from tests.helpers.runs import config
 
 SMALL = {"width": 32, "depth": 3, "num_heads": 2, "head_depth": 1, "tail_depth": 1}
@@ -65,6 +65,20 @@ def test_drawn_levels_follow_their_weights() -> None:
     assert drawn.count(16) / 2000 == pytest.approx(0.75, abs=4 * math.sqrt(0.75 * 0.25 / 2000))  # 4 standard errors
 
 
+@pytest.mark.parametrize("per_step", [1, 2, 3, 4])
+def test_levels_of_a_step_take_turns(per_step: int) -> None:
+    levels = training_levels(ElasticConfig(max_mask_prob=0.75), model())  # 4 to 16 of 16
+    for step in range(20):
+        drawn = levels.draw_for(13, 5, step, per_step)
+        turns = drawn[:per_step]
+        assert drawn == [turns[i % per_step] for i in range(13)]
+        assert drawn == levels.draw_for(13, 5, step, per_step)
+        assert turns[:2] == ([levels.draw(5, step)], [16, levels.draw(5, step)], [16, 4], [16, 4])[per_step - 1]
+        assert set(turns) <= set(range(4, 17))
+    assert len({tuple(levels.draw_for(per_step, 5, step, per_step)) for step in range(20)}) > 5
+    assert TrainingLevels(()).draw_for(3, 5, 0, 1) == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -77,6 +91,8 @@ def test_drawn_levels_follow_their_weights() -> None:
         ({"levels": [4, 8], "weights": [0.0, 0.0]}, "weights are at least 0, and not all 0"),
         ({"by_noise": BudgetByNoise([0.5], [0.25, 1.0]), "batching": "scaled"}, "elit.batching is scaled"),
         ({"by_noise": BudgetByNoise([0.5], [0.25, 1.0]), "weights": [1.0, 1.0]}, "elit.weights"),
+        ({"by_noise": BudgetByNoise([0.5], [0.25, 1.0]), "levels_per_step": 2}, "elit.levels_per_step is for levels"),
+        ({"batching": "scaled", "levels_per_step": 2}, "elit.levels_per_step gives several"),
     ],
 )
 def test_wrong_budgets(settings: dict[str, Any], message: str) -> None:

@@ -78,7 +78,14 @@ def test_an_error_comes_at_its_own_place(ahead: int) -> None:
 BY_NOISE = ElasticConfig(group_size=4, by_noise=BudgetByNoise([0.6], [0.25, 1.0]))
 
 
-@pytest.mark.parametrize("changes", [{"micro_batch_size": 3, "elit": BY_NOISE}, {}], ids=["by noise", "drawn"])
+SEVERAL = ElasticConfig(group_size=4, levels_per_step=2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"micro_batch_size": 3, "elit": BY_NOISE}, {"elit": SEVERAL}, {}],
+    ids=["by noise", "several a step", "drawn"],
+)
 def test_reading_ahead_changes_no_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Also of a run that was left with batches on their way, and goes on in another trainer."""
     settings: dict[str, Any] = {"steps": 12, "optimizer": OptimizerConfig("muon", lr=1e-3, warmup_steps=5)} | changes

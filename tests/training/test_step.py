@@ -150,6 +150,23 @@ def test_budgets_by_noise_are_the_mean_over_samples_at_their_own_level(tmp_path:
     assert report.grad_norm == pytest.approx(gradient.norm().item(), rel=1e-4)
 
 
+def test_several_levels_in_a_step_are_the_mean_over_samples_at_their_own(tmp_path: Path) -> None:
+    several = ElasticConfig(group_size=4, levels=[2, 5, 16], levels_per_step=3)
+    trainer = Trainer(config(tmp_path / "run", elit=several, label_dropout=0.0))
+    randomize(trainer.model)
+    x, y, draws = first_batch(trainer)
+    levels = trainer.levels.draw_for(len(x), trainer.config.seed, 0, 3)
+    losses = []
+    for i, t in enumerate(draws.t.tolist()):
+        x_t = (1 - t) * x[i] + t * draws.noise[0][i]
+        v = trainer.model(x_t[None], draws.t[i, None], None if y is None else y[i, None], num_latents=levels[i])[0]
+        losses.append((v - (draws.noise[0][i] - x[i])).square().mean())
+    report = next(iter(trainer))
+    assert levels[:2] == [16, 2]
+    assert report.num_latents == pytest.approx(sum(levels) / len(levels))
+    assert report.loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)  # float32 sums in another order
+
+
 def first_batch(trainer: Trainer) -> tuple[Tensor, Tensor | None, TrainingDraws]:
     """Data and draws of the first step, on one process."""
     config, count = trainer.config, trainer.config.batch_size

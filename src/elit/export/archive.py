@@ -34,10 +34,10 @@ RECORDS = re.compile(
 )
 OPERATORS = """
     _operator.add _operator.floordiv _operator.getitem _operator.mul _operator.sub
-    aten._assert_tensor_metadata.default aten.add.Tensor aten.addcmul.default aten.alias.default
-    aten.arange.default aten.arange.start aten.cat.default aten.chunk.default aten.clamp.default
-    aten.clone.default aten.cos.default aten.div.Tensor aten.embedding.default aten.exp.default
-    aten.expand.default aten.flatten.using_ints aten.gelu.default aten.layer_norm.default aten.linear.default
+    aten._assert_tensor_metadata.default aten.add.Tensor aten.addcmul.default aten.alias.default aten.arange.default
+    aten.arange.start aten.cat.default aten.chunk.default aten.clamp.default aten.clone.default aten.cos.default
+    aten.div.Tensor aten.embedding.default aten.exp.default aten.expand.default aten.flatten.using_ints
+    aten.gelu.default aten.index_copy.default aten.index_select.default aten.layer_norm.default aten.linear.default
     aten.mean.dim aten.mul.Tensor aten.neg.default aten.ones_like.default aten.pad.default aten.permute.default
     aten.promote_types.default aten.reshape.default aten.rsqrt.default aten.scaled_dot_product_attention.default
     aten.select.int aten.silu.default aten.sin.default aten.slice.Tensor aten.split.Tensor

@@ -4,11 +4,34 @@ Shapes: J tokens and latents per window, J~ <= J latents in use, A axes of a pos
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from elit.interface.grid import Triple, coordinates
+from elit.layers import Table
+
+
+class Anchors(Table):
+    """Keeps which token of a window each of its latents begins as.
+
+    Args:
+        window: tokens of a window along (T, H, W).
+    """
+
+    order: Tensor
+
+    def __init__(self, window: Triple) -> None:
+        super().__init__(window)
+
+    @staticmethod
+    def compute(*arguments: Any) -> dict[str, Tensor]:
+        return {"order": spread_order(*arguments)}
+
+    def forward(self, level: int) -> Tensor:
+        """Returns the tokens of the first latents: (J~,)."""
+        return self.order[:level]
 
 
 @lru_cache(maxsize=64)

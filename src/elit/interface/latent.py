@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from elit.decode import check_types
 from elit.errors import ElitError
-from elit.interface.anchors import spread_order
+from elit.interface.anchors import Anchors, spread_order
 from elit.interface.budget import to_level, valid_levels
 from elit.interface.grid import TokenGrid, Triple, coordinates, triple
 from elit.layers import (
@@ -164,7 +164,9 @@ class LatentInterface(nn.Module):
         self.trained_levels = valid_levels(self.num_latents, config.min_latents, level_step, config.levels)
         self.levels = self.trained_levels
 
-        if not self.anchored:
+        if self.anchored:
+            self.anchors = Anchors(self.grid.window)
+        else:
             self.latents = nn.Parameter(torch.empty(self.num_latents, width))
         self.read_layer = Read(width, num_heads, config.variant)
         self.write_layers = nn.ModuleList(Write(width, num_heads, config.variant) for _ in range(config.write_depth))
@@ -235,7 +237,7 @@ class LatentInterface(nn.Module):
         """
         filled = self.num_latents if self.config.tail_visible else level
         if self.anchored:
-            latents = windows.index_select(2, self.anchors(filled, windows.device))
+            latents = windows.index_select(2, self.anchors(filled))
         else:
             latents = residual(self.latents[:filled]).expand(*windows.shape[:2], -1, -1)
         latents = self.read_layer(latents, windows, c, self.window_rope(), self.latent_rope(filled))
@@ -264,15 +266,11 @@ class LatentInterface(nn.Module):
             windows = windows + self.write_positions
         level = latents.shape[2]
         if self.anchored:
-            windows = windows.index_copy(2, self.anchors(level, windows.device), latents)
+            windows = windows.index_copy(2, self.anchors(level), latents)
         rope, latent_rope = self.window_rope(), self.latent_rope(level)
         for layer in self.write_layers:
             windows = layer(windows, latents, rope, latent_rope)
         return windows
-
-    def anchors(self, level: int, device: torch.device) -> Tensor:
-        """Returns the places in the window that the latents of a level begin at and return to: (J~,)."""
-        return anchor_order(self.grid.window, device)[:level]
 
     def window_rope(self) -> Rotary | None:
         """Returns rotary positions (J, d / 2) of the tokens of a window, relative to it; latents are at the origin.
@@ -317,9 +315,3 @@ def latent_rotary(
 ) -> Rotary:
     """Returns rotary positions (K, d / 2) of the latents of any grid."""
     return rotary(latent_positions(grid, axes, level, anchored, device), head_dim, theta)
-
-
-@remembered_tables
-def anchor_order(window: Triple, device: torch.device) -> Tensor:
-    """Returns, for every latent of a window, which of its tokens it begins as: (J,)."""
-    return spread_order(window).to(device)

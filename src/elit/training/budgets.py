@@ -22,7 +22,7 @@ class TrainingLevels(NamedTuple):
         return draw_level(self.levels, seed, step, self.weights) if self.levels else 0
 
     def draw_for(self, samples: int, seed: int, step: int, per_step: int = 1) -> list[int]:
-        """Draws J~ of every sample of a step: the first share of the batch has the first of its levels, and so on.
+        """Draws J~ of every sample of a step. Its levels take turns, so that every process has a share of each.
 
         Args:
             per_step: how many levels share the batch: see :class:`~elit.training.config.ElasticConfig`.
@@ -31,8 +31,8 @@ class TrainingLevels(NamedTuple):
             return [0] * samples
         fixed = [self.levels[-1], self.levels[0]][: min(2, per_step - 1)]
         drawn = [self.draw(seed, step if i == 0 else derive_seed(step, i)) for i in range(per_step - len(fixed))]
-        shares = fixed + drawn
-        return [shares[i * len(shares) // samples] for i in range(samples)]
+        turns = fixed + drawn
+        return [turns[i % per_step] for i in range(samples)]
 
 
 def training_levels(config: ElasticConfig, model: Model) -> TrainingLevels:
