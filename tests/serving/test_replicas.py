@@ -16,8 +16,8 @@ import elit
 from elit import ElitError
 from elit.cli import main
 from elit.commands.serve import ServeOptions, make_pipeline
-from elit.serving.pipeline import PartialPicture, Picture
-from elit.serving.replicas import Failure, ReplicaOptions, Replicas
+from elit.serving.pipeline import PartialPicture, Picture, Pipeline
+from elit.serving.replicas import Failure, ReplicaDiedError, ReplicaOptions, Replicas
 from elit.serving.request import QueueFull, Request
 from tests.helpers.models import tiny
 from tests.helpers.servers import serving, wait_until
@@ -61,6 +61,12 @@ async def picture_of(replicas: Replicas, seed: int) -> Picture:
     return last
 
 
+async def last_of(replicas: Replicas, asked: Request) -> Picture:
+    *_, last = [event async for event in replicas.generate(asked)]
+    assert isinstance(last, Picture)
+    return last
+
+
 def processes(replicas: Replicas) -> set[int]:
     return {replicas._handle.describe.remote().result().pid for _ in range(20)}
 
@@ -94,6 +100,33 @@ def test_what_a_killed_replica_was_making_is_made_again(replicas: Replicas) -> N
     for picture in pictures:
         assert_same(picture, tiny())
     wait_until(lambda: len(processes(replicas) - {min(before)}) == 2, 60)  # another one took its place
+
+
+@pytest.mark.slow  # a cluster takes its time to start
+def test_a_picture_that_kills_replicas_fails_alone(folder: Path) -> None:
+    def poisoned() -> Pipeline:
+        pipeline = make_pipeline(ServeOptions(model=str(folder), device="cpu"))
+        encode = pipeline.model.encode
+
+        def fatal(x: Any, t: Any, y: Any) -> Any:
+            return os._exit(1) if 9 in y else encode(x, t, y)
+
+        pipeline.model.encode = fatal  # type: ignore[method-assign]
+        return pipeline
+
+    others = Replicas(poisoned, ReplicaOptions(replicas=2, cpus=0.0, drain_seconds=5))
+    try:
+
+        async def together() -> list[Picture | BaseException]:
+            poison = asyncio.create_task(last_of(others, Request(label=9, steps=2)))
+            making = [asyncio.create_task(picture_of(others, seed)) for seed in range(6)]
+            return await asyncio.gather(poison, *making, return_exceptions=True)
+
+        poison, *pictures = asyncio.run(together())
+    finally:
+        asyncio.run(others.close())
+    assert isinstance(poison, ReplicaDiedError) and "3 replicas died" in str(poison)
+    assert [picture.seed for picture in pictures if isinstance(picture, Picture)] == list(range(6))
 
 
 @pytest.mark.slow  # a cluster takes its time to start
@@ -132,6 +165,11 @@ def test_the_http_interface_is_the_same(replicas: Replicas) -> None:
         with httpx.Client() as client, pytest.raises(httpx.ReadTimeout):
             client.post(url, json={"prompt": "3", "n": 10, "steps": 250}, timeout=0.1)
         wait_until(lambda: replicas.status().in_flight + replicas.status().queued == 0)
+        assert httpx.get(address + "/health").json()["status"] == "ok"
+        for pid in processes(replicas):
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: httpx.get(address + "/health").json()["status"] == "starting", 60)
+        wait_until(lambda: httpx.get(address + "/health").status_code == 200, 120)
     assert answer.json()["data"][1]["budgets"] == [0.25] * 4
     assert wrong.status_code == 400
     assert 'elit_images_total{outcome="finished"} 2.0' in metrics

@@ -6,7 +6,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from elit.serving.pipeline import PartialPicture, Picture, PictureEvent, Picture
 from elit.serving.request import EngineClosedError, Finished, QueueFull, Request
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported
+os.environ.setdefault("RAY_worker_niceness", "0")  # replicas do not give way to other programs
 
 import ray
 from ray import serve
@@ -26,7 +27,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 5  # of one picture, each on a replica that lives
+ATTEMPTS = 3  # of one picture: what kills two replicas, and then a third one, may be the picture itself
 RETRY_SECONDS = 1.0  # after which a full queue may be asked again
 HEALTH_SECONDS = 2.0  # between looks at the health of a replica
 LOCAL_MEMORY = 256 * 2**20  # bytes of the object store of a cluster that is started here; pictures are small
@@ -133,6 +134,10 @@ class Failure:
         return RuntimeError(self.message)
 
 
+class ReplicaDiedError(RuntimeError):
+    """Each replica died that tried to make a picture."""
+
+
 class Replica:
     """One process with an engine of its own."""
 
@@ -165,7 +170,8 @@ class Replica:
 class Replicas(Pictures):
     """Makes pictures on replicas; each goes to the one of two that has fewer requests outstanding.
 
-    A picture whose replica dies is made again on another one: the seed makes it the same.
+    A picture whose replica dies is made again on another one: the seed makes it the same. Its last attempt is made
+    while no other has its last one, so that a picture that kills every replica does not take others with it.
 
     Args:
         make_pipeline: makes the pipeline of a replica, in its process.
@@ -183,6 +189,10 @@ class Replicas(Pictures):
         self._budget = 1.0
         self._waiting = self._in_flight = 0
         self._is_closed = False
+        self._running, self._is_alive = self.options.replicas, True
+        self._watching: asyncio.Task[None] | None = None
+        self._last_attempt = asyncio.Lock()
+        self.queue_limit = self.options.queue_limit
         self._app = f"elit-{uuid.uuid4().hex[:8]}"  # others may have theirs on the same cluster
         self._connected = not ray.is_initialized()
         self._owns_cluster = self._connected and self.options.address is None
@@ -211,7 +221,25 @@ class Replicas(Pictures):
         return self.description.costs
 
     async def start(self) -> None:
-        pass  # they run already: what they can do had to be asked first
+        """Watches the replicas from now on; they run already, for what they can do had to be asked first."""
+        self._watching = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        """Asks the cluster again and again how many replicas run; those whose engine is dead or stuck do not."""
+        while True:
+            self._running, self._is_alive = await asyncio.to_thread(self._look)
+            await asyncio.sleep(HEALTH_SECONDS)
+
+    def _look(self) -> tuple[int, bool]:
+        """Returns how many replicas run, and whether there are or will be any."""
+        try:
+            application = serve.status().applications[self._app]
+        except Exception as error:  # of many kinds: the cluster is gone
+            logger.error("the cluster does not say how the replicas are: %s", str(error).strip().splitlines()[:1])
+            return 0, False
+        states = [pair for each in application.deployments.values() for pair in each.replica_states.items()]
+        running = sum(count for state, count in states if state == "RUNNING")
+        return running, running > 0 or application.status != "DEPLOY_FAILED"
 
     async def update(self) -> None:
         """Replaces the replicas by new ones, which load the weights again, while the others go on.
@@ -231,6 +259,8 @@ class Replicas(Pictures):
         if self._is_closed:
             return
         self._is_closed = True
+        if self._watching is not None:
+            self._watching.cancel()
         if self._owns_cluster:
             await asyncio.to_thread(serve.shutdown)
         else:  # others may use the cluster
@@ -240,8 +270,8 @@ class Replicas(Pictures):
 
     def status(self) -> EngineStatus:
         return EngineStatus(
-            ready=not self._is_closed,
-            alive=True,
+            ready=self._running > 0 and not self._is_closed,
+            alive=self._is_alive,
             stuck_since=None,
             queued=self._waiting,
             in_flight=self._in_flight,
@@ -278,30 +308,37 @@ class Replicas(Pictures):
                 getattr(observer, outcome)(request, *told)
 
     async def _attempts(self, request: Request, prompt: str | None) -> AsyncGenerator[PictureEvent]:
-        """Yields the events of one picture, which a second replica makes from the beginning if the first one dies."""
+        """Yields the events of one picture, which another replica makes from the beginning if the first one dies."""
         shown = -1
         for attempt in range(ATTEMPTS):
-            response: Any = self._handle.options(method_name="generate", stream=True).remote(request, prompt)
-            try:
-                async for event in response:
-                    if isinstance(event, Failure):
-                        if event.kind == "closed" and attempt < ATTEMPTS - 1:
-                            break
-                        raise event.error()
+            turn = self._last_attempt if attempt == ATTEMPTS - 1 else nullcontext()
+            async with turn, aclosing(self._attempt(request, prompt)) as events:
+                async for event in events:
                     step = event.step if isinstance(event, PartialPicture) else 0
                     if isinstance(event, Picture) or step > shown:
                         shown = max(shown, step)
                         yield event
                     if isinstance(event, Picture):
                         return
-            except BackPressureError as error:
-                raise _queue_full("all replicas have as many requests as they take", RETRY_SECONDS) from error
-            except (ray.exceptions.RayError, RayServeException) as error:  # errors of a picture come as a Failure
-                logger.warning("a replica died; its picture is made again: %s", str(error).splitlines()[0])
-            finally:
-                response.cancel()
             await asyncio.sleep(0.1 * 2**attempt)
-        raise EngineClosedError("the replicas died one after the other")
+        raise ReplicaDiedError(f"{ATTEMPTS} replicas died while they made this picture")
+
+    async def _attempt(self, request: Request, prompt: str | None) -> AsyncGenerator[PictureEvent]:
+        """Yields the events of one picture as one replica makes it; they end without a picture if it dies."""
+        response: Any = self._handle.options(method_name="generate", stream=True).remote(request, prompt)
+        try:
+            async for event in response:
+                if isinstance(event, Failure):
+                    if event.kind == "closed":
+                        return
+                    raise event.error()
+                yield event
+        except BackPressureError as error:
+            raise _queue_full("all replicas have as many requests as they take", RETRY_SECONDS) from error
+        except (ray.exceptions.RayError, RayServeException) as error:  # errors of a picture come as a Failure
+            logger.warning("a replica died while it made a picture: %s", str(error).splitlines()[0])
+        finally:
+            response.cancel()
 
     def _finished(self, picture: Picture) -> Finished:
         """Describes a picture to observers, and takes note of its budgets."""
