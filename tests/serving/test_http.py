@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import elit
 from elit.analysis import Calibration, calibrate
 from elit.cli import main
 from elit.commands.serve import ServeOptions, make_pipeline
+from elit.conditions import Text
 from elit.data.autoencoder import load_autoencoder
 from elit.data.captions import WordVectors
 from elit.interface import InterfaceConfig
@@ -130,8 +131,8 @@ def test_latents_are_decoded(tmp_path: Path) -> None:
     )
 
 
-def test_a_model_of_text_takes_prompts() -> None:
-    model = randomize(
+def text_model() -> MMDiT:
+    return randomize(
         MMDiT(
             MMDiTConfig(
                 input_size=8,
@@ -146,6 +147,10 @@ def test_a_model_of_text_takes_prompts() -> None:
             )
         )
     ).eval()
+
+
+def test_a_model_of_text_takes_prompts() -> None:
+    model = text_model()
     with serving(pipeline_of(model, text_encoder=WordVectors())) as address:
         answer = generate(address, prompt="a small three", seed=5).json()
         refused = [generate(address, labels=3), generate(address)]
@@ -296,14 +301,19 @@ def test_the_key_is_asked_for() -> None:
 
 
 def test_a_full_queue_refuses_with_the_time_to_wait() -> None:
-    pipeline = pipeline_of(tiny(), queue_limit=5)
-    with serving(pipeline) as address:
-        refused = generate(address, prompt="3", n=10, steps=LONG)
-        wait_until(lambda: pipeline.status().queued + pipeline.status().in_flight == 0)
-        assert generate(address, prompt="3").status_code == 200
+    pipeline = pipeline_of(tiny(), queue_limit=5, max_work=1)
+    with serving(pipeline) as address, ThreadPoolExecutor() as pool:
+        waiting = pool.submit(generate, address, prompt="3", n=5, steps=100)
+        wait_until(lambda: pipeline.status().queued >= 4)
+        refused = generate(address, prompt="3", n=5)
         client = openai.OpenAI(base_url=address + "/v1", api_key="any", max_retries=0)
         with pytest.raises(openai.RateLimitError):
-            client.images.generate(prompt="3", n=10, stream=True, extra_body={"steps": LONG})
+            client.images.generate(prompt="3", n=5, stream=True)
+        assert waiting.result().status_code == 200
+        wait_until(lambda: pipeline.status().queued + pipeline.status().in_flight == 0)
+        assert generate(address, prompt="3").status_code == 200
+        never = generate(address, prompt="3", n=6)
+    assert never.status_code == 400 and "n is 6; at most 5 images can wait here" in never.json()["error"]["message"]
     assert refused.status_code == 429
     assert int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["type"] == "rate_limit_error"
@@ -423,15 +433,17 @@ def test_metrics_count_what_happened() -> None:
     def value(name: str) -> float:
         return float(next(line.split()[-1] for line in lines if line.startswith(name + " ")))
 
-    with serving(pipeline_of(tiny(), queue_limit=3)) as address:
+    with serving(pipeline_of(tiny(), queue_limit=3, max_work=1)) as address:
         generate(address, prompt="3", n=2, quality="low")
-        generate(address, prompt="3", n=10)
+        with ThreadPoolExecutor() as pool:
+            answers = list(pool.map(lambda _: generate(address, prompt="3", n=3, steps=100).status_code, range(2)))
         lines = httpx.get(address + "/metrics").text.splitlines()
-    assert value('elit_images_total{outcome="finished"}') == 2
+    assert sorted(answers) == [200, 429]
+    assert value('elit_images_total{outcome="finished"}') == 5
     assert value('elit_images_total{outcome="refused"}') == 1
-    assert value('elit_images_total{outcome="cancelled"}') == 3
+    assert value('elit_images_total{outcome="cancelled"}') <= 2
     assert value('elit_steps_total{budget="0.25"}') == 8
-    assert value("elit_image_latency_seconds_count") == 2
+    assert value("elit_image_latency_seconds_count") == 5
     assert value("elit_step_seconds_count") >= 4
     assert value("elit_images_waiting") == value("elit_images_in_flight") == value("elit_step_stuck") == 0
     assert value('elit_http_responses_total{path="/v1/images/generations",status="429"}') == 1
@@ -442,6 +454,25 @@ def test_the_documentation_of_the_interface(address: str) -> None:
     fields = document["components"]["schemas"]["ImagesRequest"]["properties"]
     assert {"prompt", "quality", "budget", "stream"} <= fields.keys()
     assert "429" in document["paths"][GENERATIONS]["post"]["responses"]
+    assert httpx.get(address + "/docs").status_code == 404  # its viewer would load scripts from elsewhere
+
+
+def test_a_prompt_that_finds_the_queue_full_is_not_encoded() -> None:
+    encoded, free = list[str](), threading.Event()
+
+    def encode(prompts: Sequence[str]) -> Text:
+        encoded.extend(prompts)
+        free.wait(30)
+        return WordVectors()(prompts)
+
+    pipeline = pipeline_of(text_model(), text_encoder=encode, queue_limit=2)
+    with serving(pipeline) as address, ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(generate, address, prompt="a three") for _ in range(2)]
+        wait_until(lambda: pipeline.pending == 2)
+        assert [generate(address, prompt="a five").status_code for _ in range(3)] == [429] * 3
+        free.set()
+        assert [each.result().status_code for each in waiting] == [200] * 2
+    assert encoded == ["a three"] * 2 and pipeline.status().refused == 3
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -542,6 +573,13 @@ def test_a_calibration_saves_measuring_and_says_in_which_order_quality_is_given_
     assert [engine.costs.forward({level: 4}) for level in known.levels] == known.seconds
     points = make_pipeline(ServeOptions(**options, min_steps=6)).engine.options.points
     assert points is not None and points[-1] == OperatingPoint(4) and min(point.steps for point in points) == 6 / 16
+
+
+def test_without_a_calibration_that_order_is_measured(saved: Path) -> None:
+    engine = make_pipeline(ServeOptions(model=str(saved), device="cpu", steps=4, min_steps=2, min_budget=0.5)).engine
+    points = engine.options.points
+    assert points is not None and points[-1] == OperatingPoint(4)
+    assert min(point.steps for point in points) == 0.5 and min(point.level for point in points) == 2
 
 
 def test_a_calibration_that_does_not_fit_is_refused(

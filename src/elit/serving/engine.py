@@ -285,18 +285,40 @@ class Engine:
         job = new_job(request, self.model, time.monotonic())
         ticket = Ticket(request, job, on_event, self._cancel)
         with self._changed:
-            if self._is_closing or self._is_dead:
-                raise EngineClosedError("the engine takes no more requests")
-            wait = self._scheduler.refusal(job, job.arrival)
+            wait = self._refusal(job)
             if wait is None:
                 self._scheduler.add(job)
                 self._tickets[job] = ticket
                 self._changed.notify_all()
                 return ticket
+        raise self._refused(request, wait)
+
+    def check_room(self, request: Request, beside: int = 0) -> None:
+        """Raises what :meth:`submit` would raise of a request at this moment, before work is spent on its condition.
+
+        Args:
+            beside: how many others are about to be submitted.
+
+        Raises:
+            QueueFull, EngineClosedError: as for :meth:`submit`.
+        """
+        job = new_job(request, self.model, time.monotonic())
+        with self._changed:
+            wait = self._refusal(job, beside)
+        if wait is not None:
+            raise self._refused(request, wait)
+
+    def _refusal(self, job: Job, beside: int = 0) -> float | None:
+        if self._is_closing or self._is_dead:
+            raise EngineClosedError("the engine takes no more requests")
+        return self._scheduler.refusal(job, job.arrival, beside)
+
+    def _refused(self, request: Request, wait: float) -> QueueFull:
+        with self._changed:
             self._counts["refused"] += 1
             queued = self._scheduler.queued
         self._observe("refused", request)
-        raise QueueFull(queued, max(1.0, wait))
+        return QueueFull(queued, max(1.0, wait))
 
     async def generate(self, request: Request) -> AsyncIterator[Event]:
         """Yields the events of one request; the last is :class:`Finished` or :class:`Failed`.

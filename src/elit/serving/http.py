@@ -86,7 +86,12 @@ def create_app(pictures: Pictures, defaults: Defaults | None = None, options: Ht
         await pictures.close(drain=False, timeout=LAST_STEP_SECONDS)
 
     app = FastAPI(
-        title="ELIT", version=__version__, summary="Images at a budget that follows the load.", lifespan=lifespan
+        title="ELIT",
+        version=__version__,
+        summary="Images at a budget that follows the load.",
+        lifespan=lifespan,
+        docs_url=None,  # the viewers that FastAPI has load their scripts from elsewhere
+        redoc_url=None,
     )
     app.state.service = service
     app.include_router(service.router())
@@ -160,11 +165,11 @@ class Service:
 
     async def generate(self, body: schema.ImagesRequest, request: Request) -> Any:
         """Makes `n` images. Under load, images without a fixed budget run at lower ones; the answer says at which."""
-        status = self.pictures.status()
-        if self.is_draining or not status.ready:
-            how = "is stopping" if self.is_draining else "is starting" if status.alive else "has failed"
-            raise ApiError(503, f"the server {how}; try again later", "unavailable", retry=RETRY_SECONDS)
+        self.check_ready()
         self.check_model(body.model)
+        if body.n > self.pictures.queue_limit:
+            most = self.pictures.queue_limit
+            raise ApiError(400, f"n is {body.n}; at most {most} images can wait here", "invalid_value", "n")
         wanted = self.defaults.wanted(body, self.pictures.model, self.pictures.size)
         answer = Answer(body, wanted, self.pictures, self.defaults.name)
         if body.stream:
@@ -197,6 +202,13 @@ class Service:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     # -------------------------------------------------------------------------------------------- what they tell
+
+    def check_ready(self) -> None:
+        """Refuses images while the server starts or stops, or when it has failed."""
+        status = self.pictures.status()
+        if self.is_draining or not status.ready:
+            how = "is stopping" if self.is_draining else "is starting" if status.alive else "has failed"
+            raise ApiError(503, f"the server {how}; try again later", "unavailable", retry=RETRY_SECONDS)
 
     def check_model(self, name: str | None) -> None:
         """Refuses requests for another model."""

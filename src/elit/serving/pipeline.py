@@ -68,11 +68,13 @@ class Pictures(Protocol):
     Attributes:
         model: tells what can be asked for; it may have no weights.
         size: (width, height) of the pictures.
+        queue_limit: how many requests may wait.
         observers: are told what happens; add yours before :meth:`start`.
     """
 
     model: Model
     size: tuple[int, int]
+    queue_limit: int
     observers: list[Observer]
 
     @property
@@ -117,6 +119,8 @@ class Pipeline(Pictures):
     Attributes:
         model: the engine's.
         size: (width, height) of the pictures.
+        queue_limit: the engine's.
+        pending: number of prompts that are about to be encoded, or are being encoded.
 
     Raises:
         ElitError: the model makes clips, or the autoencoder or the text encoder does not fit it.
@@ -125,6 +129,8 @@ class Pipeline(Pictures):
     def __init__(self, engine: Engine, autoencoder: Any = None, text_encoder: Encoder | None = None) -> None:
         self.engine, self.model, self.observers = engine, engine.model, engine.observers
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
+        self.queue_limit = engine.options.queue_limit
+        self.pending = 0
         shape = self.model.input_shape()
         if len(shape) != 3:
             raise ElitError("this model makes clips; a server makes images")
@@ -152,7 +158,12 @@ class Pipeline(Pictures):
 
     async def generate(self, request: Request, prompt: str | None = None) -> AsyncGenerator[PictureEvent]:
         if prompt is not None and self.text_encoder is not None:
-            request = replace(request, condition=await self._in_thread(self.text_encoder, [prompt]))
+            self.engine.check_room(request, self.pending)
+            self.pending += 1
+            try:
+                request = replace(request, condition=await self._in_thread(self.text_encoder, [prompt]))
+            finally:
+                self.pending -= 1
         prompt_tokens = 0 if request.condition is None else int(request.condition.mask.sum())
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
