@@ -1,6 +1,6 @@
 """How well does the engine keep a latency objective as the load rises, and at which quality? Beside other policies.
 
-    python benchmarks/serving.py --model runs/quickstart/run                 # everything
+    python benchmarks/serving.py --model runs/quickstart/run                 # everything, in half an hour
     python benchmarks/serving.py --model ELIT-SiT-S/2 --steps 4 --seconds 40 --loads 0.5,1,2,3 --patterns poisson
 
 An open-loop generator submits requests at random times that the seed fixes, whatever the engine does. Load 1 is what
@@ -163,7 +163,7 @@ def prepare(
 ) -> Setup:
     """Measures costs and capacity, or reads what was measured before."""
     file, calibrated = folder / "costs.json", folder / "calibration.json"
-    if not file.exists():
+    if not (file.exists() and calibrated.exists()):
         costs = measure_costs(model)
         labels = list(range(model.config.num_classes))
         calibrate(model, labels, batch_size=int(costs.saturating_work()), guidance=guidance).save(calibrated)

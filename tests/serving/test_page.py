@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
@@ -33,9 +34,13 @@ def pipeline() -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def address(pipeline: Pipeline) -> Iterator[str]:
+def app(pipeline: Pipeline) -> FastAPI:
     names = [f"kind {i}" for i in range(10)]
-    app = mount_page(create_app(pipeline, Defaults("tiny", steps=5, class_names=names), HttpOptions()))
+    return mount_page(create_app(pipeline, Defaults("tiny", steps=5, class_names=names), HttpOptions()))
+
+
+@pytest.fixture(scope="module")
+def address(pipeline: Pipeline, app: FastAPI) -> Iterator[str]:
     with running(app) as address:
         wait_until(lambda: pipeline.status().ready)
         yield address
@@ -120,6 +125,15 @@ def test_a_full_queue_is_told(page: Page, pipeline: Pipeline, monkeypatch: pytes
     monkeypatch.setattr(pipeline.engine, "submit", full)
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_text("8 requests are waiting already")).to_be_visible()
+
+
+def test_that_the_server_stops_is_told(page: Page, app: FastAPI) -> None:
+    app.state.service.is_draining = True
+    for button in ("Generate", "All budgets"):
+        page.get_by_role("button", name=button).click()
+        expect(page.get_by_text("the server is stopping; try again later").last).to_be_visible()
+        page.reload()
+    app.state.service.is_draining = False
 
 
 def test_a_phone_sees_all_of_it(browser: Browser, address: str) -> None:

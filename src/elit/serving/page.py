@@ -17,7 +17,7 @@ from elit.analysis.calibration import choose_levels
 from elit.errors import ElitError
 from elit.serving.answers import encode, merged
 from elit.serving.engine import new_job
-from elit.serving.errors import api_error
+from elit.serving.errors import ApiError, api_error
 from elit.serving.http import Service
 from elit.serving.job import batch_seconds
 from elit.serving.parse import Wanted
@@ -30,6 +30,7 @@ MOST_BUDGETS = 16  # side by side
 MOST_STEPS = 100
 SMALL = 64  # pixels; images up to here are shown without loss
 REFRESH_SECONDS = 1.0
+ALONE = "an image, alone on an idle machine"
 
 CSS = """
 main.fillable { max-width: 1080px !important; margin: 0 auto !important; }
@@ -59,6 +60,7 @@ main.fillable { max-width: 1080px !important; margin: 0 auto !important; }
   .elit.grid { grid-template-columns: repeat(4, 1fr); gap: 10px 8px; }
   .elit.grid figcaption { font-size: 0.64rem; }
   .elit.load { grid-template-columns: repeat(2, 1fr); }
+  .elit.load .tile:nth-child(5) { grid-column: 1 / -1; }
   .elit .chart div:nth-child(odd) { color: transparent; }
 }
 """
@@ -118,7 +120,7 @@ def make_page(service: Service) -> gr.Blocks:
                         0, 10, 2.0 if guided is None else guided.scale, step=0.1, label="Guidance scale", min_width=150
                     )
                 cost = gr.HTML(elem_id="cost", padding=False)
-                with gr.Row():
+                with gr.Row(equal_height=True):
                     one = gr.Button("Generate", variant="primary", min_width=140)
                     every = gr.Button("All budgets side by side", min_width=140, visible=len(view.budgets) > 1)
             with gr.Column(scale=6, min_width=320):
@@ -210,8 +212,8 @@ class View:
         request = self.wanted(*settings).request
         if request.budget is None and self.model.levels:
             low, high = (self._cost(replace(request, budget=budget)) for budget in (self.budgets[0], 1.0))
-            return _div("muted", f"between {low} and {high} an image")
-        return _div("muted", f"{self._cost(request)} an image")
+            return _div("muted", f"between {low} and {high} {ALONE}")
+        return _div("muted", f"{self._cost(request)} {ALONE}")
 
     def _cost(self, request: Request) -> str:
         flops = sampling_flops(self.model, request.steps, request.budget, request.guidance, request.solver)
@@ -230,6 +232,7 @@ class View:
     async def one_image(self, *settings: Any) -> AsyncIterator[str]:
         """Shows one image as it forms."""
         wanted = self.wanted(*settings)
+        self._check_ready()
         request = replace(wanted.request, previews=min(PREVIEWS, wanted.request.steps - 1))
         async with aclosing(self.pictures.generate(request, wanted.prompt)) as events:
             try:
@@ -247,6 +250,7 @@ class View:
     async def all_budgets(self, *settings: Any) -> AsyncIterator[str]:
         """Shows the images of all budgets from one noise, side by side."""
         first = self.wanted(*settings)
+        self._check_ready()
         requests = [replace(first.request, budget=budget, min_budget=None) for budget in self.budgets]
         captions = [f"<b>{budget:.3g}</b><br><span class='muted'>{self._cost(request).replace(' · ', '<br>')}</span>"
                     for budget, request in zip(self.budgets, requests, strict=True)]  # fmt: skip
@@ -263,6 +267,13 @@ class View:
                         yield self._grid(images, captions)
             except Exception as error:
                 raise _told(error) from error
+
+    def _check_ready(self) -> None:
+        """Tells somebody who asks for images that the server starts or stops."""
+        try:
+            self.service.check_ready()
+        except ApiError as error:
+            raise _told(error) from error
 
     def _image(self, event: PartialPicture | Picture) -> str:
         kind: OutputFormat = "png" if max(event.pixels.shape[:2]) <= SMALL else "webp"
