@@ -302,11 +302,19 @@ class ElasticMixin:
         finally:
             self._branch = before
 
-    # -------------------------------------------------------------------------------------------- a forward
+    # -------------------------------------------------------------------------------------------- training
+
+    @classmethod
+    def shards_of(cls, transformer: Any) -> list[nn.Module]:
+        """Returns the blocks of a transformer, elastic or its base, that nothing but their own forward uses: those
+        whose weights can lie in shards and be whole only while they run."""
+        return [block for stack in cls.stacks for block in getattr(transformer, stack)]
 
     def inputs(self, x: Tensor, timestep: Tensor, y: Condition) -> dict[str, Any]:
         """Returns what a forward is given to predict noisy data x (B, C, H, W) at time steps (B,) of conditions y."""
         raise NotImplementedError
+
+    # -------------------------------------------------------------------------------------------- a forward
 
     def grid_size(self, given: dict[str, Any]) -> Triple:
         """Returns the tokens (T, H, W) of what a forward is given."""

@@ -17,7 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from elit.conditions import Condition, Text
@@ -72,6 +72,11 @@ class ElasticDiTTransformer2DModel(ElasticMixin, DiTTransformer2DModel):
     joint_guidance = ("cond", "uncond")
     predicts = "noise"
     condition = "classes"
+
+    @classmethod
+    def shards_of(cls, transformer: Any) -> list[nn.Module]:
+        """Returns all blocks but the first, whose embedder the forward uses, too."""
+        return super().shards_of(transformer)[1:]
 
     def inputs(self, x: Tensor, timestep: Tensor, y: Condition) -> dict[str, Any]:
         """Returns what a forward is given, with labels y (B,)."""

@@ -125,6 +125,11 @@ class Student(Model):
         return [getattr(self.transformer, name) for name in self.transformer.stacks]
 
     @property
+    def shards(self) -> list[nn.Module]:
+        """The blocks whose weights can lie in shards and be whole only while they run."""
+        return self.transformer.shards_of(self.transformer)
+
+    @property
     def interface(self) -> Any:  # type: ignore[override]
         """The interface of the transformer."""
         return self.transformer.elit

@@ -156,6 +156,11 @@ class Model(nn.Module, HubModel):
         raise NotImplementedError
 
     @property
+    def shards(self) -> list[nn.Module]:
+        """The blocks whose weights can lie in shards and be whole only while they run."""
+        return [block for blocks in self.stacks for block in blocks]
+
+    @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 

@@ -96,10 +96,10 @@ class Distillation(Objective):
             self.terms = {"loss": 1.0, "distillation": weight, "distance": 0.0}
 
     @property
-    def stacks(self) -> list[nn.ModuleList]:
-        """The lists of blocks of the student, and of a teacher of its own."""
-        of_teacher = () if self.teacher is None else self.model.transformer.stacks
-        return super().stacks + [getattr(self.teacher, name) for name in of_teacher]
+    def shards(self) -> list[nn.Module]:
+        """The blocks of the student, and of a teacher of its own, whose weights can lie in shards."""
+        of_teacher = [] if self.teacher is None else self.model.transformer.shards_of(self.teacher)
+        return self.model.shards + of_teacher
 
     def forward(
         self, x: Tensor, y: Condition | None, draws: TrainingDraws, level: int, features: Tensor | None = None

@@ -49,9 +49,9 @@ class Objective(nn.Module):
         self.terms = {"loss": 1.0} if projector is None else {"loss": 1.0, "alignment": -coefficient}
 
     @property
-    def stacks(self) -> list[nn.ModuleList]:
-        """The lists of blocks whose weights are gathered one block at a time, where they are in shards."""
-        return self.model.stacks
+    def shards(self) -> list[nn.Module]:
+        """The blocks whose weights can lie in shards and be whole only while they run."""
+        return self.model.shards
 
     def forward(
         self, x: Tensor, y: Condition | None, draws: TrainingDraws, level: int, features: Tensor | None = None

@@ -11,7 +11,6 @@ Precision, sharding and batching are ours, for they belong to a trainer, and acc
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -308,15 +307,15 @@ class Trainer:
     def _parallelize(self) -> nn.Module:
         """Prepares blocks as the configuration says, and wraps the objective for several processes."""
         if self.config.checkpoint_activations:
-            for blocks in self.model.stacks:
-                apply_activation_checkpointing(blocks)
+            for stack in self.model.stacks:
+                apply_activation_checkpointing(stack)
         if self.task.compile is not None:
             self.task.compile()
         if not self.sharded:
             return self.accelerator.prepare(self.objective)
-        networks = ((self.objective, self.objective.stacks, self.half), (self.ema, self.ema.module.stacks, None))
-        for network, stacks, half in networks:
-            apply_fsdp(network, chain(*stacks), self.accelerator.num_processes, self.accelerator.device, half)
+        networks = ((self.objective, self.objective.shards, self.half), (self.ema, self.ema.module.shards, None))
+        for network, blocks, half in networks:
+            apply_fsdp(network, blocks, self.accelerator.num_processes, self.accelerator.device, half)
         return self.objective
 
     def _trained(self) -> state.Trained:

@@ -1,0 +1,1 @@
+"""Bases of captions: PixArt, with embedded captions and latents that `elit prepare encode` made."""
