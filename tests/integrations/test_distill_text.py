@@ -1,1 +1,119 @@
-"""Bases of captions: PixArt, with embedded captions and latents that `elit prepare encode` made."""
+"""Bases of captions: PixArt, on latents and embedded captions that `elit prepare encode` made."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from elit.cli import main
+from elit.training import Trainer
+from elit.training.distillation import RetrofitConfig, build_distillation
+from tests.helpers.pictures import smooth
+from tests.helpers.small_distillations import WIDTH, distillation
+from tests.helpers.small_pipelines import autoencoder, t5
+
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+TEXT = 16
+CAPTIONS = ("a three", "handwritten four", "a handwritten three", "four")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pipeline of PixArt, pictures with captions, and their latents with the captions embedded and without."""
+    folder = tmp_path_factory.mktemp("pixart")
+    torch.manual_seed(0)
+    sizes = WIDTH | {"in_channels": 4, "out_channels": 8, "sample_size": 8, "cross_attention_dim": 16}
+    transformer = diffusers.PixArtTransformer2DModel(**sizes, caption_channels=TEXT)
+    for parameter in transformer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    text = t5(folder / "t5", TEXT)
+    parts = {"vae": autoencoder(), "scheduler": diffusers.DDIMScheduler()}
+    diffusers.PixArtAlphaPipeline(**text, **parts, transformer=transformer).save_pretrained(folder / "base")
+    rng, pictures = np.random.default_rng(0), folder / "pictures"
+    pictures.mkdir()
+    for i in range(8):
+        smooth(rng, 32, 32).save(pictures / f"{i}.png")
+    lines = [{"file_name": f"{i}.png", "text": CAPTIONS[i % len(CAPTIONS)]} for i in range(8)]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    encode = ["prepare", "encode", str(pictures)]
+    how = ["--autoencoder", str(folder / "base/vae"), "--workers", "0"]
+    assert main([*encode, str(folder / "latents"), *how, "--text-encoder", str(folder / "base")]) == 0
+    assert main([*encode, str(folder / "words"), *how, "--text-encoder", "words"]) == 0
+    assert main([*encode, str(folder / "without-text"), *how]) == 0
+    return folder
+
+
+def test_the_first_step_has_the_losses_of_a_plain_loop(world: Path, tmp_path: Path) -> None:
+    """Captions of different lengths are masked, and dropped ones are the empty prompt."""
+    how: dict[str, Any] = {"data": str(world / "latents"), "label_dropout": 0.5, "steps": 1}
+    config = distillation(world / "base", tmp_path, retrofit=RetrofitConfig(start="paper"), **how)
+    trainer = Trainer(config, build=build_distillation)
+    (batch,) = (pending.result() for pending in trainer.loader.batches(0, 0))
+    before: Any = trainer.averaged()
+    student = before.transformer
+    teacher = diffusers.PixArtTransformer2DModel.from_pretrained(world / "base/transformer").eval()
+    scheduler = diffusers.DDPMScheduler.from_pretrained(world / "base/scheduler")
+    (x, text), (noise,), t = batch.raw, batch.draws.noise, batch.draws.t
+    empty = trainer.data.empty_prompt.tokens  # type: ignore[attr-defined]
+    assert 0 < batch.draws.dropped.sum() < len(t)
+    losses, distances = [], []
+    with torch.no_grad():
+        for i in range(config.batch_size):
+            prompt = empty if batch.draws.dropped[i] else text.tokens[i : i + 1, text.mask[i]]
+            given = {
+                "hidden_states": scheduler.add_noise(x[i : i + 1], noise[i : i + 1], t[i : i + 1]),
+                "encoder_hidden_states": prompt,
+                "timestep": t[i : i + 1],
+                "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+            }
+            predicted = student(**given, num_latents=batch.levels[0]).sample
+            losses.append(F.mse_loss(predicted[:, :4], noise[i : i + 1]).item())
+            distances.append(F.mse_loss(predicted, teacher(**given).sample).item())
+    (report,) = trainer
+    assert report.loss == pytest.approx(np.mean(losses), rel=1e-4)
+    assert report.terms["distance"] == pytest.approx(np.mean(distances), rel=1e-4)
+
+
+@pytest.mark.parametrize("trainable", ["interface+core-lora", "all"])
+def test_the_original_pipeline_samples_from_the_result(world: Path, tmp_path: Path, trainable: str) -> None:
+    options = ["--trainable", trainable, "--out", str(tmp_path / "run"), "--steps", "2", "--batch-size", "4"]
+    assert main(["distill", "--base", str(world / "base"), "--data", str(world / "latents"), *options]) == 0
+    from elit.integrations.families import ElasticPixArtTransformer2DModel
+
+    pipe = diffusers.PixArtAlphaPipeline.from_pretrained(world / "base")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer = ElasticPixArtTransformer2DModel.from_pretrained(tmp_path / "run/transformer")
+    size = {"height": 32, "width": 32, "use_resolution_binning": False, "clean_caption": False}
+    pictures = {}
+    for budget in (1, 1 / 2, 1 / 8):
+        pipe.transformer.set_budget(budget)
+        drawn = pipe(
+            "a three", **size, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np"
+        )
+        pictures[budget] = drawn.images
+        assert drawn.images.shape == (1, 32, 32, 3) and np.isfinite(drawn.images).all()
+    assert not np.array_equal(pictures[1], pictures[1 / 2]) and not np.array_equal(pictures[1 / 2], pictures[1 / 8])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("WORLD/without-text", "has captions that are not embedded, and the base"),
+        ("WORLD/pictures@WORLD/base/vae", "embed captions by the text encoder of the base, with elit prepare encode"),
+        ("digits", "has samples of shape (1, 16, 16), and the base"),
+        ("WORLD/words", "has text embeddings of width 32, and the base"),
+    ],
+)
+def test_data_without_the_text_of_the_base_are_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], data: str, message: str
+) -> None:
+    given = ["--data", data.replace("WORLD", str(world)), "--out", str(tmp_path / "run")]
+    assert main(["distill", "--base", str(world / "base"), *given]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

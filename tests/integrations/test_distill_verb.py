@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from safetensors.torch import load_file
 import elit
 from elit.cli import main
 from elit.seeding import torch_seeded
-from elit.training import ElasticConfig, HeldOutConfig, Trainer
-from elit.training.distillation import DistillConfig, RetrofitConfig, build_distillation
+from elit.training import ElasticConfig, HeldOutConfig, OptimizerConfig, Trainer
+from elit.training.distillation import DistillConfig, RetrofitConfig, build_distillation, estimate_memory
 from tests.helpers.runs import contents, kill, log, wait_for_line
 from tests.helpers.small_distillations import STEPS, as_file, command, distillation, save_base
 
@@ -117,6 +118,47 @@ def test_full_budget_begins_as_the_base(base: Path, tmp_path: Path) -> None:
     assert alone.terms == {}
 
 
+@pytest.mark.parametrize("trainable", ["interface", "all"])
+def test_what_is_trained_comes_nearer_to_the_base(base: Path, tmp_path: Path, trainable: str) -> None:
+    """At one low budget, on digits."""
+    settings: dict[str, Any] = {
+        "elit": ElasticConfig(levels=[2]),
+        "steps": 60,
+        "batch_size": 16,
+        "checkpoint_every": 99,
+    }
+    optimizer = OptimizerConfig(lr=3e-3, warmup_steps=0)
+    config = distillation(base, tmp_path, trainable=trainable, optimizer=optimizer, **settings)
+    reports = [(report.loss, report.terms["distance"]) for report in trainer_of(config)]
+    first, last = np.mean(reports[:10], axis=0), np.mean(reports[-10:], axis=0)
+    assert last[1] < 0.7 * first[1]
+    assert last[0] < first[0]
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def test_the_estimate_of_memory_is_what_a_trainer_holds(base: Path, tmp_path: Path) -> None:
+    for name in SETS:
+        config = distillation(base, tmp_path / name, trainable=name, steps=1)
+        estimate = estimate_memory(config)[name]
+        trainer = trainer_of(config)
+        trainer.run_to_end()
+        model, average, teacher = trainer.model, trainer.ema.module, trainer.objective.teacher  # type: ignore[attr-defined]
+        own = {id(each): each for each in model.parameters()}
+        assert estimate.weights == size(own.values())
+        assert estimate.average == size(each for each in average.parameters() if id(each) not in own)
+        assert estimate.teacher == (0 if teacher is None else size(teacher.parameters()))
+        states = [state for state in trainer.trained.optimizers["adamw"].state.values()]
+        assert estimate.optimizer == size(each for state in states for each in state.values() if each.dim())
+        assert estimate.gradients == estimate.average == 4 * estimate.trained
+
+
+def size(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes."""
+    return sum(each.numel() * each.element_size() for each in tensors)
+
+
 # ------------------------------------------------------------------------------------------------ a run
 
 
@@ -185,3 +227,11 @@ def test_wrong_inputs_end_in_one_sentence(
     assert line.startswith("elit: ")
     assert re.search(message, line), line
     assert not out.exists()
+
+
+def test_a_continued_run_must_be_the_same(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = distillation(base, tmp_path / "run", steps=1)
+    trainer_of(config).run_to_end()
+    file = as_file(config, tmp_path / "run.yaml")
+    assert main(["distill", "--config", str(file), "--trainable", "all"]) == 2
+    assert "was started with trainable = 'interface', not 'all'" in capsys.readouterr().err

@@ -45,7 +45,9 @@ def memory_table(estimates: dict[str, Memory], chosen: str, shards: int = 1) -> 
     """
     of_each = f", on each of {shards} devices" if shards > 1 else ""
     title = f"GB of memory{of_each}, beside activations, for each --trainable"
-    table = Table("", "weights", "gradients", "optimizer", "average", "teacher", "total", title=title, box=None)
+    table = Table(
+        "", "weights", "gradients", "optimizer", "average", "teacher", "total", title=title, box=None, pad_edge=False
+    )
     for name, memory in estimates.items():
         sizes = [f"{size / shards / 1e9:,.3g}" for size in (*memory.parts, memory.total)]
         table.add_row(f"{name} <-" if name == chosen else name, *sizes)

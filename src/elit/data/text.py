@@ -23,7 +23,8 @@ class TextEncoder:
     """Encodes prompts with a text encoder of ``transformers`` (T5, CLIP, BERT, ...), the text part of a larger model.
 
     Args:
-        source: a local folder or a Hub id.
+        source: a local folder or a Hub id; or the local folder of a pipeline of diffusers, whose first text encoder it
+            is.
         max_length: longest prompt in tokens; the rest is cut off. None is the tokenizer's.
         device: None is the GPU of the process, where there is one.
 
@@ -38,12 +39,16 @@ class TextEncoder:
         self, source: str | Path, max_length: int | None = None, device: torch.device | str | None = None
     ) -> None:
         try:
-            from transformers import AutoModel, AutoTokenizer
+            from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
         except ImportError as error:
             raise ElitError("text encoders need transformers: pip install 'elit-diffusion[text]'") from error
+        place = ("tokenizer", "text_encoder") if (Path(source) / "model_index.json").is_file() else ("", "")
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
-            whole = AutoModel.from_pretrained(source)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(source, subfolder=place[0])
+            saved = AutoConfig.from_pretrained(source, subfolder=place[1]).architectures or ()
+            # half of an encoder-decoder, as pipelines have it, has no weights of the other half
+            kind = AutoModelForTextEncoding if any(name.endswith("EncoderModel") for name in saved) else AutoModel
+            whole = kind.from_pretrained(source, subfolder=place[1])
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ElitError(f"there is no text encoder at {source}; give a folder or a Hub id ({reason})") from error

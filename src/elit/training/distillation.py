@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from elit.conditions import Condition, Text
-from elit.data import Data, LatentShards
+from elit.data import Captioned, Data
+from elit.data.captions import WordVectors
 from elit.errors import ElitError
 from elit.flow import TimeDensity
 from elit.integrations.distillation import distillation_terms
@@ -294,11 +295,11 @@ def _check_classes(base: "Pretrained", data: Data, name: str) -> None:
 
 def _check_captions(base: "Pretrained", data: Data, name: str) -> Tensor:
     width = base.config["caption_channels"]
-    remedy = "encode them with elit prepare encode --text-encoder, the text encoder of the base"
+    remedy = "embed captions by the text encoder of the base, with elit prepare encode --text-encoder"
     empty: Text | None = getattr(data, "empty_prompt", None)
-    if empty is None:
-        has_captions = isinstance(data, LatentShards) and data.captions is not None
-        what = "captions that are not embedded" if has_captions else "no captions"
+    by_words = isinstance(data, Captioned) and isinstance(data.encode, WordVectors)  # no encoder was given
+    if empty is None or by_words:
+        what = "captions that are not embedded" if by_words else "no captions"
         raise ElitError(f"{name} has {what}, and the base {base.source} needs text embeddings; {remedy}")
     if empty.tokens.shape[2] != width:
         raise ElitError(
