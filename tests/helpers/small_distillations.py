@@ -17,7 +17,7 @@ STEPS = 8
 WIDTH = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 4, "patch_size": 1}
 
 
-def save_base(folder: Path, **changes: Any) -> Path:
+def save_base(folder: Path, std: float = 0.3) -> Path:
     """A pipeline of a DiT that draws digits of 8x8 pixels: 64 tokens, no weight of it zero."""
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
@@ -25,9 +25,9 @@ def save_base(folder: Path, **changes: Any) -> Path:
 
     torch.manual_seed(0)
     sizes = WIDTH | {"in_channels": 1, "out_channels": 2, "sample_size": 8, "num_embeds_ada_norm": 1000}
-    transformer = DiTTransformer2DModel(**sizes | changes)
+    transformer = DiTTransformer2DModel(**sizes)
     for parameter in transformer.parameters():
-        nn.init.normal_(parameter, std=0.3)
+        nn.init.normal_(parameter, std=std)
     DiTPipeline(transformer, autoencoder(1), DDIMScheduler()).save_pretrained(folder)
     return folder
 

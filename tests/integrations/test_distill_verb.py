@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import elit
 from elit.cli import main
+from elit.data import digits8
 from elit.seeding import torch_seeded
 from elit.training import ElasticConfig, HeldOutConfig, OptimizerConfig, Trainer
 from elit.training.distillation import DistillConfig, RetrofitConfig, build_distillation, estimate_memory
@@ -119,20 +120,33 @@ def test_full_budget_begins_as_the_base(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trainable", ["interface", "all"])
-def test_what_is_trained_comes_nearer_to_the_base(base: Path, tmp_path: Path, trainable: str) -> None:
-    """At one low budget, on digits."""
-    settings: dict[str, Any] = {
-        "elit": ElasticConfig(levels=[2]),
-        "steps": 60,
-        "batch_size": 16,
-        "checkpoint_every": 99,
-    }
-    optimizer = OptimizerConfig(lr=3e-3, warmup_steps=0)
-    config = distillation(base, tmp_path, trainable=trainable, optimizer=optimizer, **settings)
+def test_distillation_learns(trained_base: Path, tmp_path: Path, trainable: str) -> None:
+    """At one low budget, on digits: it comes nearer to its base; and with all weights it goes on learning, too."""
+    settings: dict[str, Any] = {"elit": ElasticConfig(levels=[2]), "steps": 60, "batch_size": 16}
+    settings |= {"optimizer": OptimizerConfig(lr=3e-3, warmup_steps=0), "checkpoint_every": 99}
+    config = distillation(trained_base, tmp_path, trainable=trainable, **settings)
     reports = [(report.loss, report.terms["distance"]) for report in trainer_of(config)]
     first, last = np.mean(reports[:10], axis=0), np.mean(reports[-10:], axis=0)
-    assert last[1] < 0.7 * first[1]
-    assert last[0] < first[0]
+    assert last[1] < 0.5 * first[1]
+    assert trainable == "interface" or last[0] < 0.8 * first[0]
+
+
+@pytest.fixture(scope="module")
+def trained_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that has learned something, in the loop of every tutorial."""
+    folder = save_base(tmp_path_factory.mktemp("trained") / "base", std=0.02)
+    scheduler = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler")
+    model = diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer").eval()
+    optimizer, data = torch.optim.AdamW(model.parameters(), lr=3e-3), digits8()
+    torch.manual_seed(0)
+    for _ in range(100):
+        x, y = data.batch(torch.randint(len(data), (32,)))
+        t, noise = torch.randint(1000, (32,)), torch.randn_like(x)
+        F.mse_loss(model(scheduler.add_noise(x, noise, t), t, y).sample[:, :1], noise).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "transformer")
+    return folder
 
 
 # ------------------------------------------------------------------------------------------------ memory
@@ -149,7 +163,7 @@ def test_the_estimate_of_memory_is_what_a_trainer_holds(base: Path, tmp_path: Pa
         assert estimate.weights == size(own.values())
         assert estimate.average == size(each for each in average.parameters() if id(each) not in own)
         assert estimate.teacher == (0 if teacher is None else size(teacher.parameters()))
-        states = [state for state in trainer.trained.optimizers["adamw"].state.values()]
+        states = trainer.trained.optimizers["adamw"].state.values()
         assert estimate.optimizer == size(each for state in states for each in state.values() if each.dim())
         assert estimate.gradients == estimate.average == 4 * estimate.trained
 
