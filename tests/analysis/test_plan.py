@@ -113,6 +113,11 @@ def test_knapsack_finds_what_trying_everything_finds(rows: list[list[tuple[int, 
     assert errors[at, chosen].sum() == pytest.approx(min(errors[at, c].sum() for c in fitting))
 
 
+def test_a_time_that_noise_made_negative_costs_nothing() -> None:
+    costs, errors = np.array([[-0.02, 0.5], [0.3, 0.6]]), np.array([[0.4, 0.1], [0.8, 0.2]])
+    assert knapsack(costs, errors) == [0, 1]
+
+
 @given(st.integers(0, 10**6), st.floats(3, 60))
 def test_plans_keep_their_cost_and_no_constant_budget_is_predicted_better(seed: int, limit: float) -> None:
     calibration = made(seed)

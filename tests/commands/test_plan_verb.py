@@ -11,6 +11,8 @@ from elit.analysis.plan import Plan
 from elit.cli import main
 from elit.commands.plan import PlanOptions, make_plan
 from elit.errors import ElitError
+from elit.evaluation.classifier import Classifier
+from elit.tensors import write_tensors
 from tests.helpers.models import tiny
 
 
@@ -64,6 +66,70 @@ def test_plan_in_a_folder_is_one_of_its_settings(tmp_path: Path, saved: str) -> 
     settings = json.loads((tmp_path / "folder" / "settings.json").read_text())
     assert settings["budget"] == Plan.load(tmp_path / "plan.json").budgets
     assert main([*command, "--steps", "8"]) == 2  # other images
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> list[str]:
+    """The options of a choice by quality, with a classifier of random weights."""
+    weights = tmp_path / "weights.safetensors"
+    write_tensors(weights, Classifier(1, 10).state_dict())
+    return ["--reference", "digits8:held-out", "--extractor", "digits8", "--extractor-weights", str(weights)]
+
+
+@pytest.mark.parametrize("target", [["--gflops", "0.02"], ["--speedup", "1"]])
+def test_a_plan_chosen_by_quality(
+    tmp_path: Path, saved: str, judge: list[str], target: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    command = ["plan", "--model", saved, *target, "--steps", "8", "--num-samples", "40", "--measure", "false"]
+    assert main([*command, *judge, "--out", str(out)]) == 0
+    captured = capsys.readouterr()
+    found = Plan.load(out)
+    assert found.choice is not None
+    rows = {row["name"]: row for row in found.choice["candidates"]}
+    chosen = rows[found.choice["chosen"]]
+    assert chosen["budgets"] == found.budgets and chosen["flops"] == found.flops
+    assert min(row["score"] for row in rows.values() if row["samples"] == 40) >= chosen["score"] - chosen["above"]
+    assert "least error" in rows and len(rows) > 2
+    assert found.choice["protocol"]["extractor"] == "digits8"
+    assert found.choice["protocol"]["reference_source"] == "digits8:held-out"
+    assert "chosen by frechet_distance" in captured.out and f"chosen: {found.choice['chosen']}; " in captured.out
+    assert "40 samples are too few for 64 features" in captured.out
+    assert f"--plan {out}" in captured.out.splitlines()[-1]
+    assert "choosing" in captured.err  # the bar
+    results = json.loads((tmp_path / "plan-results.json").read_text())
+    beside = [] if found.choice["chosen"] == "least error" else ["least error"]
+    assert [row["name"] for row in results["rows"]][: 2 + len(beside)] == ["full budget", "plan", *beside]
+    assert results["rows"][1]["plan"]["budgets"] == found.budgets
+    assert list((tmp_path / "cache" / "features").iterdir())  # of the reference, as elit evaluate keeps them
+
+    if "--gflops" in target:
+        assert found.flops <= 0.02e9
+        assert main([*command, "--out", str(tmp_path / "nearest.json")]) == 0  # without a judge: the least error
+        nearest = Plan.load(tmp_path / "nearest.json")
+        assert nearest.choice is None and nearest.error == rows["least error"]["error"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ["--extractor", "digits8"],
+            "extractor is given without a reference; add --reference, or leave --extractor out",
+        ),
+        (["--reference", "nowhere"], "there is nothing at nowhere"),
+        (["--reference", "digits8", "--num-samples", "39"], "a choice by quality needs at least 40"),
+        (["--reference", "digits8", "--extractor-weights", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_options_of_a_choice_are_told(
+    tmp_path: Path, saved: str, judge: list[str], options: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = options if "--reference" not in options else [*judge, *options]
+    assert main(["plan", "--model", saved, "--gflops", "0.02", "--out", str(tmp_path / "x.json"), *given]) == 2
+    error = capsys.readouterr().err
+    assert told in error and "Traceback" not in error
+    assert not (tmp_path / "x.json").exists()
 
 
 @pytest.mark.parametrize(

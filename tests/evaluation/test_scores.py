@@ -9,7 +9,7 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from elit import ElitError
-from elit.evaluation import frechet_distance, moments
+from elit.evaluation import Moments, frechet_distance, frechet_influence, moments
 from elit.evaluation.metrics import inception_score, kernel_distance, precision_recall
 from elit.evaluation.statistics import BLOCK, RunningMoments
 
@@ -41,6 +41,43 @@ def test_frechet_distance_is_that_of_torch_fidelity_and_of_scipy() -> None:
     cov_x, cov_y = np.cov(x.T), np.cov(y.T)
     scipys = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cov_x + cov_y - 2 * sqrtm(cov_x @ cov_y).real)
     assert ours == pytest.approx(scipys, rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [400, 12])
+def test_influence_is_the_derivative_by_the_weight_of_a_sample(count: int) -> None:
+    """Also where there are fewer samples than features, and the covariance is singular."""
+    reference, x = moments(features(500)), features(count, seed=1, shift=0.3).double()
+    found = frechet_influence(x, reference)
+    assert found.mean().item() == pytest.approx(0, abs=1e-9 * found.abs().max().item())
+
+    def distance(weights: Tensor) -> float:
+        weights = weights / weights.sum()
+        mean = weights @ x
+        centred = x - mean
+        return frechet_distance(Moments(mean, count / (count - 1) * (centred.T * weights) @ centred), reference)
+
+    for sample in (0, 5, 11):
+        change = 1e-5 * torch.eye(count, dtype=torch.float64)[sample]
+        slope = (distance(1 / count + change) - distance(1 / count - change)) / 2e-5
+        assert found[sample].item() == pytest.approx(slope, rel=1e-3, abs=1e-3 * found.abs().max().item())
+
+
+def test_influences_tell_the_standard_error_of_a_difference() -> None:
+    reference = moments(features(2000))
+
+    def pair(seed: int) -> tuple[Tensor, Tensor]:
+        x = features(300, seed=seed, shift=0.3)
+        return x, 1.1 * x + 0.2 * features(300, seed=seed + 1000)
+
+    differences = torch.tensor(
+        [
+            frechet_distance(moments(a), reference) - frechet_distance(moments(b), reference)
+            for a, b in map(pair, range(60))
+        ]
+    )
+    a, b = pair(0)
+    found = (frechet_influence(a, reference) - frechet_influence(b, reference)).std() / 300**0.5
+    assert found.item() == pytest.approx(differences.std().item(), rel=0.35)  # 60 draws know it to 10 %, the others too
 
 
 def test_kernel_distance_is_that_of_torch_fidelity() -> None:

@@ -23,8 +23,9 @@ import split
 import steps
 import windows
 from common import ELASTIC, Setting
-from elit.evaluation import train_classifier
+from elit.evaluation import Classifier, open_extractor, train_classifier
 from elit.interface import LatentInterface
+from elit.tensors import write_tensors
 from tests.helpers.models import Recorder, inputs, tiny
 
 
@@ -151,12 +152,24 @@ def test_random_dropping_trains_on_other_latents_and_leaves_a_plain_model(settin
 def test_planning_compares_plans_of_the_same_cost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    write_tensors(tmp_path / "weights.safetensors", Classifier(1, 10).state_dict())
     monkeypatch.setattr(planning, "train_classifier", partial(train_classifier, steps=3))
+    monkeypatch.setattr(planning, "open_extractor", partial(open_extractor, weights=tmp_path / "weights.safetensors"))
     model = tiny(input_size=16, in_channels=1, patch_size=4)
-    planning.run(model, tmp_path / "planning.json", steps=6, speedups=[2], seeds=2, num_samples=70)
-    assert "1/2: plan" in capsys.readouterr().out
+    planning.run(model, tmp_path / "planning.json", steps=8, speedups=[2], seeds=2, num_samples=70, choice_samples=40)
+    assert "1/2: chosen" in capsys.readouterr().out
     results = json.loads((tmp_path / "planning.json").read_text())["results"]
-    full = {row["guidance"]: row["flops"] for row in results if row["name"] == "1: 6 steps"}
-    planned = [row for row in results if row["name"] == "1/2: plan"]
-    assert [row["guidance"] for row in planned] == [None, 2.0]
-    assert all(row["flops"] <= full[row["guidance"]] / 2 and len(row["by_seed"]) == 2 for row in planned)
+    full = {row["guidance"]: row["flops"] for row in results if row["name"] == "1: 8 steps"}
+    rows = {(row["guidance"], row["name"]): row for row in results if row["name"] != "1: 8 steps"}
+    assert full.keys() == {None, 2.0}
+    for (guidance, _), row in rows.items():
+        assert row["flops"] <= full[guidance] / 2 and len(row["by_seed"]) == 2
+    for guidance in full:
+        chosen, constant = (rows[guidance, f"1/2: {name}"] for name in ("chosen", "best constant by score"))
+        candidates = chosen["choice"]["candidates"]
+        assert chosen["budgets"] == next(
+            row["budgets"] for row in candidates if row["name"] == chosen["choice"]["chosen"]
+        )
+        assert len(set(constant["budgets"])) == 1
+        scores = {tuple(row["budgets"]): row["score"] for row in reversed(candidates) if len(set(row["budgets"])) == 1}
+        assert scores[tuple(constant["budgets"])] >= candidates[0]["score"]

@@ -10,6 +10,7 @@ from elit.analysis.attention import (
     rank_correlation,
 )
 from elit.analysis.calibration import Calibration, calibrate
+from elit.analysis.choice import choose
 from elit.analysis.flops import (
     Flops,
     count_flops,
@@ -20,7 +21,7 @@ from elit.analysis.flops import (
     velocity_flops,
 )
 from elit.analysis.measure import BudgetCost, Latency, measure_costs, measure_latency, measure_peak_memory
-from elit.analysis.plan import Plan, solve
+from elit.analysis.plan import Plan, candidate_plans, solve
 from elit.analysis.sweeps import (
     SamplePoint,
     SamplerSettings,
@@ -46,6 +47,8 @@ __all__ = [
     "SweepConfig",
     "attention_maps",
     "calibrate",
+    "candidate_plans",
+    "choose",
     "correlate",
     "count_flops",
     "count_parameters",

@@ -9,7 +9,7 @@ error within the cost. It is small enough to be solved exactly, by dynamic progr
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from elit.analysis.calibration import (
     GuidanceTable,
     StepTable,
     cache_from,
+    choose_levels,
     guidance_from,
     is_current,
     root_mean_square,
@@ -39,6 +40,7 @@ from elit.models import Model
 CostKind = Literal["seconds", "flops"]
 TableKind = Literal["seconds", "flops", "error"]
 MIN_STEPS = 4  # of fewer, the discretisation error is no guide to quality
+CANDIDATE_STEPS = 5  # numbers of steps that a choice by quality looks at
 COST_UNITS = 4000
 
 
@@ -56,6 +58,8 @@ class Plan:
         flops: of one sample, all steps and terms.
         error: predicted root mean square distance to the sample of full budget and many steps.
         stamp: the calibration's.
+        choice: the scores that the plan was chosen by, see :func:`~elit.analysis.choice.choose`; None where it is the
+            plan of least predicted error.
     """
 
     budgets: list[float]
@@ -67,6 +71,7 @@ class Plan:
     flops: int
     error: float
     stamp: dict[str, Any]
+    choice: dict[str, Any] | None = None
 
     @property
     def steps(self) -> int:
@@ -154,33 +159,45 @@ def solve(calibration: Calibration, limit: float, cost: CostKind = "seconds", mi
     Raises:
         ElitError: nothing is that cheap (the cheapest possible is named), or the limit is no number above 0.
     """
-    if not limit > 0:
-        raise ElitError(f"the limit is {limit}; it must be a number above 0")
-    counts = [steps for steps in STEPS if steps >= min_steps]
-    if not counts:
-        raise ElitError(f"min_steps is {min_steps}; plans have up to {STEPS[-1]} steps")
-    plans = [
-        predict(calibration, table, levels, stepping)
-        for table in calibration.tables
-        for steps in counts
-        for stepping in calibration.step_tables
-        if stepping.cache is None or not all(stepping.runs(steps))
-        if (levels := _schedule(calibration, table, stepping, steps, limit, cost)) is not None
-    ]
-    if not plans:
-        cheapest = min(
-            (
-                constant_plan(calibration, table, calibration.levels[0], counts[0], stepping)
-                for table in calibration.tables
-                for stepping in calibration.step_tables
-            ),
-            key=lambda plan: getattr(plan, cost),
-        )
-        raise ElitError(
-            f"nothing costs {format_cost(limit, cost)} or less; the least is "
-            f"{format_cost(getattr(cheapest, cost), cost)}: {counts[0]} steps at budget {cheapest.budgets[0]:.4g}"
-        )
-    return min(plans, key=lambda plan: (plan.error, getattr(plan, cost)))
+    return min(_plans(calibration, limit, cost, min_steps), key=lambda plan: (plan.error, getattr(plan, cost)))
+
+
+def candidate_plans(
+    calibration: Calibration, limit: float, steps: int, cost: CostKind = "seconds", min_steps: int = MIN_STEPS
+) -> dict[str, Plan]:
+    """Makes plans within the limit that may look best, by name, for :func:`~elit.analysis.choice.choose`.
+
+    They are the plan of :func:`solve` (``least error``), those of :func:`baseline_plans`, with ``cfg`` the best plan
+    whose weak term has the lowest level, and for several numbers of steps the best plan and the best constant budget.
+    Plans that are the same are listed once.
+
+    Args:
+        limit, cost, min_steps: as for :func:`solve`.
+        steps: the usual number, as for :func:`baseline_plans`.
+
+    Raises:
+        ElitError: as for :func:`solve`.
+    """
+    plans = _plans(calibration, limit, cost, min_steps)
+
+    def best(among: Iterable[Plan]) -> Plan | None:
+        return min(among, key=lambda plan: (plan.error, getattr(plan, cost)), default=None)
+
+    found = {"least error": best(plans)}
+    found |= {
+        name: plan for name, plan in baseline_plans(calibration, limit, steps, cost).items() if plan.steps >= min_steps
+    }
+    if len(calibration.tables) > 1:
+        found["lowest weak budget"] = best(plan for plan in plans if plan.guidance == calibration.tables[1].guidance)
+    for count in choose_levels(sorted({plan.steps for plan in plans}), CANDIDATE_STEPS):
+        constants = (constant_plan(calibration, calibration.tables[0], level, count) for level in calibration.levels)
+        found[f"{count} steps"] = best(plan for plan in plans if plan.steps == count)
+        found[f"{count} steps, one budget"] = best(plan for plan in constants if getattr(plan, cost) <= limit)
+    different: dict[Any, tuple[str, Plan]] = {}
+    for name, plan in found.items():
+        if plan is not None:  # FLOPs tell caches apart: one that skips nothing changes nothing
+            different.setdefault((tuple(plan.budgets), plan.guidance, plan.flops), (name, plan))
+    return dict(different.values())
 
 
 def baseline_plans(calibration: Calibration, limit: float, steps: int, cost: CostKind = "seconds") -> dict[str, Plan]:
@@ -232,6 +249,41 @@ def format_cost(value: float, cost: CostKind) -> str:
     return f"{format_number(value * 1e3)} ms" if cost == "seconds" else f"{format_number(value / 1e9)} GFLOPs"
 
 
+def _plans(calibration: Calibration, limit: float, cost: CostKind, min_steps: int) -> list[Plan]:
+    """Returns the plan of least error within the limit for each number of steps, way to guide and cache that has one.
+
+    Raises:
+        ElitError: as for :func:`solve`.
+    """
+    if not limit > 0:
+        raise ElitError(f"the limit is {limit}; it must be a number above 0")
+    counts = [steps for steps in STEPS if steps >= min_steps]
+    if not counts:
+        raise ElitError(f"min_steps is {min_steps}; plans have up to {STEPS[-1]} steps")
+    plans = [
+        predict(calibration, table, levels, stepping)
+        for table in calibration.tables
+        for steps in counts
+        for stepping in calibration.step_tables
+        if stepping.cache is None or not all(stepping.runs(steps))
+        if (levels := _schedule(calibration, table, stepping, steps, limit, cost)) is not None
+    ]
+    if not plans:
+        cheapest = min(
+            (
+                constant_plan(calibration, table, calibration.levels[0], counts[0], stepping)
+                for table in calibration.tables
+                for stepping in calibration.step_tables
+            ),
+            key=lambda plan: getattr(plan, cost),
+        )
+        raise ElitError(
+            f"nothing costs {format_cost(limit, cost)} or less; the least is "
+            f"{format_cost(getattr(cheapest, cost), cost)}: {counts[0]} steps at budget {cheapest.budgets[0]:.4g}"
+        )
+    return plans
+
+
 def _schedule(
     calibration: Calibration, table: GuidanceTable, stepping: StepTable, steps: int, limit: float, cost: CostKind
 ) -> list[int] | None:
@@ -260,10 +312,10 @@ def knapsack(costs: np.ndarray, errors: np.ndarray, units: int = COST_UNITS) -> 
     Costs are rounded up to ``1 / units``, so that the sum never exceeds 1.
 
     Args:
-        costs: (rows, columns), positive.
+        costs: (rows, columns); those below 0 count as 0.
         errors: (rows, columns).
     """
-    whole = np.ceil(costs * units - 1e-9).astype(int)
+    whole = np.ceil(costs * units - 1e-9).astype(int).clip(0)  # a difference of measured times may be below 0
     best, choices = np.zeros(units + 1), []
     for cost, error in zip(whole, errors, strict=True):
         options = np.full((len(cost), units + 1), np.inf)

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +15,14 @@ from rich.table import Table
 from torch import Tensor
 
 from elit.analysis.calibration import REFERENCE_STEPS, Calibration, calibrate, calibration_stamp
+from elit.analysis.choice import MIN_SAMPLES, choose
 from elit.analysis.environment import environment
 from elit.analysis.plan import (
     MIN_STEPS,
     CostKind,
     Plan,
     baseline_plans,
+    candidate_plans,
     constant_plan,
     format_cost,
     format_number,
@@ -27,14 +31,20 @@ from elit.analysis.plan import (
     solve,
 )
 from elit.atomic import write_json
+from elit.commands.evaluate import ExtractorName
 from elit.commands.inputs import Inputs, load_inputs
 from elit.commands.options import GuidanceOptions, ModelOptions
+from elit.commands.sample import PIXELS
+from elit.data.autoencoder import decode, load_autoencoder
 from elit.data.remote import cache_folder
 from elit.errors import ElitError
-from elit.evaluation import Quality
+from elit.evaluation import FrechetJudge, Quality, open_extractor
+from elit.evaluation.extractors import Resize
 from elit.flow import sample
+from elit.models import Model
 
 ERROR_SAMPLES = 32  # on which a plan's error is measured; their noise is not that of the calibration
+OF_THE_JUDGE = ("extractor", "extractor_weights", "fdd_resize", "autoencoder")  # options for a reference alone
 SLACK = 0.1  # a measured latency further than this above the target is mentioned
 
 
@@ -70,12 +80,23 @@ class PlanOptions(GuidanceOptions, ModelOptions):
         min_steps: fewest steps of a plan.
         measure: whether to measure the plan, and what it is compared with, at the end.
         data: a labelled data set of elit train, such as digits, whose classifier then judges samples too.
-        num_samples: number of samples that it judges for each row.
+        num_samples: number of samples that it judges for each row, and that are scored for each candidate of a choice
+            by quality.
         seed: seed of the noise.
         recalibrate: measure the model again, even if that was done before.
+        reference: choose the plan by quality: of several plans at the target's cost, the one whose samples are nearest
+            to these images. They are what elit evaluate takes: a folder or zip of images, an embedded data set, or a
+            .npz. By default the plan is the one of least predicted error.
+        extractor: which network computes the features of samples and reference: inception for FID, dinov2 for FDD, or
+            the classifier of a data set.
+        extractor_weights: file or folder of the weights of the extractor; by default those in the cache.
+        fdd_resize: how images are brought to the 224 pixels of dinov2: pil in bytes, as dgm-eval does, or float.
+        autoencoder: a diffusers autoencoder that decodes the samples of a model on latents, to be scored: a folder or a
+            Hub id.
 
     Raises:
-        ElitError: not exactly one target, or a number that is too small.
+        ElitError: not exactly one target, a number that is too small, or an option of a choice by quality without a
+            reference.
     """
 
     latency_ms: float | None = None
@@ -91,6 +112,11 @@ class PlanOptions(GuidanceOptions, ModelOptions):
     num_samples: int = 1000
     seed: int = 0
     recalibrate: bool = False
+    reference: str | None = None
+    extractor: ExtractorName = "inception"
+    extractor_weights: str | None = None
+    fdd_resize: Resize = "pil"
+    autoencoder: str = "stabilityai/sd-vae-ft-ema"
 
     def __post_init__(self) -> None:
         targets = {"latency_ms": self.latency_ms, "gflops": self.gflops, "speedup": self.speedup}
@@ -104,6 +130,12 @@ class PlanOptions(GuidanceOptions, ModelOptions):
             raise ElitError(
                 f"batch_size is {self.batch_size} and num_samples {self.num_samples}; they must be at least 1 and 2"
             )
+        if self.reference is not None and self.num_samples < MIN_SAMPLES:
+            raise ElitError(f"num_samples is {self.num_samples}; a choice by quality needs at least {MIN_SAMPLES}")
+        for field in fields(self):
+            if self.reference is None and field.name in OF_THE_JUDGE and getattr(self, field.name) != field.default:
+                option = field.name.replace("_", "-")
+                raise ElitError(f"{field.name} is given without a reference; add --reference, or leave --{option} out")
 
 
 def make_plan(options: PlanOptions) -> Plan:
@@ -114,21 +146,30 @@ def make_plan(options: PlanOptions) -> Plan:
     written, and measured beside what one would do without it. Give one of latency_ms, gflops and speedup. With cfg,
     the weak term is planned too, and may become that of ccfg.
 
+    With a reference the plan is chosen by quality: samples of several plans are scored, and the best one wins. The
+    plan's file has all scores.
+
     Raises:
-        ElitError: a cost that nothing meets (the least is named), or a model that cannot be planned for.
+        ElitError: a cost that nothing meets (the least is named), a model that cannot be planned for, or a reference
+            that cannot be read.
     """
     console = Console(soft_wrap=True, highlight=False)
     inputs = load_inputs(options, options.data)
     model = inputs.model
     if model.conditional and not model.config.num_classes:
         raise ElitError("elit plan samples classes; for a model of text call elit.analysis.calibrate with prompts")
+    judge = None if options.reference is None else open_judge(options, inputs)
     known = load_calibration(options, inputs, console)
     full = constant_plan(known, known.tables[0], known.levels[-1], options.steps)
     cost, limit = target_of(options, full)
-    plan = solve(known, limit, cost, options.min_steps)
+    nearest = plan = solve(known, limit, cost, options.min_steps)
+    if judge is not None:
+        candidates = candidate_plans(known, limit, options.steps, cost, options.min_steps)
+        plan = choose_by_quality(candidates, cost, judge, inputs, options, console)
     plan.save(options.out)
 
     rows = [Row("full budget", full), Row("plan", plan)]
+    rows += [] if plan.arguments() == nearest.arguments() else [Row("least error", nearest)]
     rows += [Row(name, other) for name, other in baseline_plans(known, limit, options.steps, cost).items()]
     if options.measure:
         measure_rows(rows, inputs, options)
@@ -187,6 +228,87 @@ def load_calibration(options: PlanOptions, inputs: Inputs, console: Console) -> 
     return known
 
 
+def open_judge(options: PlanOptions, inputs: Inputs) -> FrechetJudge:
+    """Opens what a choice by quality scores samples by; features of the reference come from the cache of elit evaluate.
+
+    Raises:
+        ElitError: a reference, weights or an autoencoder that are missing or damaged, or samples that are no images.
+    """
+    assert options.reference is not None
+    model = inputs.model
+    if len(model.input_shape()) != 3:
+        raise ElitError(f"{options.model} makes clips, which no extractor scores; leave --reference out")
+    extractor = open_extractor(options.extractor, options.extractor_weights, options.fdd_resize, model.device)
+    return FrechetJudge(options.reference, extractor, decoder_of(model, options.autoencoder), progress=True)
+
+
+def decoder_of(model: Model, autoencoder: str) -> Callable[[Tensor], Tensor] | None:
+    """Returns what turns a model's samples into images; None for a model on pixels.
+
+    Raises:
+        ElitError: the autoencoder is missing or does not fit.
+    """
+    channels = model.config.in_channels
+    return None if channels in PIXELS else partial(decode, autoencoder=load_autoencoder(autoencoder, channels))
+
+
+def choose_by_quality(
+    candidates: dict[str, Plan],
+    cost: CostKind,
+    judge: FrechetJudge,
+    inputs: Inputs,
+    options: PlanOptions,
+    console: Console,
+) -> Plan:
+    """Scores the candidates, prints them, and returns the plan that is chosen."""
+    console.print(
+        f"choosing among {len(candidates)} plans by {judge.name}, by up to {options.num_samples:,} samples of each"
+    )
+    plan = choose(
+        inputs.model,
+        classes_of(inputs),
+        candidates,
+        judge,
+        num_samples=options.num_samples,
+        seed=options.seed,
+        progress=True,
+    )
+    assert plan.choice is not None
+    print_choice(console, plan.choice, cost)
+    features = len(judge.wanted.mean)
+    if options.num_samples <= features:
+        console.print(
+            f"[yellow]{judge.name} is biased: {options.num_samples} samples are too few for {features} features; take "
+            f"--num-samples {2 * features} or more[/yellow]"
+        )
+    return plan
+
+
+def print_choice(console: Console, choice: dict[str, Any], cost: CostKind) -> None:
+    """Prints the scores that a plan was chosen by, best first, and below the table how it was chosen."""
+    table = Table(title=f"chosen by {choice['score']}", title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in ("steps", "budget", "cost", "score", "above the best"):
+        table.add_column(heading, justify="right")
+    for row in choice["candidates"]:
+        finished = row["samples"] == choice["num_samples"]
+        table.add_row(
+            row["name"],
+            str(len(row["budgets"])),
+            format_range(row["budgets"]),
+            format_cost(row[cost], cost),
+            format_number(row["score"]) if finished else f"dropped at {row['samples']:,}",
+            f"{format_number(row['above'])} ± {format_number(row['standard_error'], 2)}" if row["above"] else "",
+            style="bold" if row["name"] == choice["chosen"] else None,
+        )
+    console.print(table)
+    console.print(
+        f"chosen: {choice['chosen']}; score: {choice['score']} of {choice['num_samples']:,} samples, less is better; "
+        "above the best: ± standard error of the difference, of the same noise. Candidates within 1 standard error of "
+        "the best are equally good, and the one of least predicted error is taken; those beyond 3 are dropped early"
+    )
+
+
 def measure_rows(rows: list[Row], inputs: Inputs, options: PlanOptions) -> None:
     """Fills the rows in: latency in turns, error against many steps at full budget on noise of its own, quality."""
     model, classes, seed = inputs.model, classes_of(inputs), options.seed
@@ -238,19 +360,24 @@ def print_rows(console: Console, rows: list[Row], target: str, batch_size: int) 
 def cells(row: Row) -> list[str]:
     """Writes steps, budget, weak budget, cache, GFLOPs, milliseconds and error of a row."""
     plan = row.plan
-    low, high = min(plan.budgets), max(plan.budgets)
     weak = (
         "-" if plan.guidance is None else "same" if plan.guidance.kind == "cfg" else f"{plan.guidance.budget or 0:.3g}"
     )
     return [
         str(plan.steps),
-        f"{low:.2g}" if low == high else f"{low:.2g}..{high:.2g}",
+        format_range(plan.budgets),
         weak,
         "-" if plan.cache is None else f"{plan.cache.threshold:g}",
         format_number(plan.flops / 1e9, 4),
         predicted_and_measured(plan.seconds * 1e3, row.seconds and row.seconds * 1e3, 3),
         predicted_and_measured(plan.error, row.error, 2),
     ]
+
+
+def format_range(budgets: Sequence[float]) -> str:
+    """Writes the lowest and the highest budget, or the one that all are."""
+    low, high = min(budgets), max(budgets)
+    return f"{low:.2g}" if low == high else f"{low:.2g}..{high:.2g}"
 
 
 def scores(row: Row) -> dict[str, float]:

@@ -3,10 +3,10 @@
 from elit.evaluation.classifier import Classifier, classify, train_classifier
 from elit.evaluation.extractors import Extractor, open_extractor
 from elit.evaluation.features import CachedFeatures
-from elit.evaluation.frechet import Moments, frechet_distance, moments
+from elit.evaluation.frechet import Moments, frechet_distance, frechet_influence, moments
 from elit.evaluation.held_out import BudgetLoss, held_out_loss, losses_by_budget, nearest_distance
 from elit.evaluation.image_set import ImageSet, open_image_set
-from elit.evaluation.judge import Judge, Quality
+from elit.evaluation.judge import FrechetJudge, Judge, Quality
 from elit.evaluation.metrics import inception_score, kernel_distance, precision_recall
 from elit.evaluation.scores import open_reference, save_reference, score
 from elit.evaluation.statistics import RunningMoments
@@ -16,6 +16,7 @@ __all__ = [
     "CachedFeatures",
     "Classifier",
     "Extractor",
+    "FrechetJudge",
     "ImageSet",
     "Judge",
     "Moments",
@@ -23,6 +24,7 @@ __all__ = [
     "RunningMoments",
     "classify",
     "frechet_distance",
+    "frechet_influence",
     "held_out_loss",
     "inception_score",
     "kernel_distance",
