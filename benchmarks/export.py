@@ -1,11 +1,16 @@
-"""Measures exported files beside eager PyTorch and torch.compile: latency, elastic efficiency, memory, start, size.
+"""Measures exported files beside eager PyTorch and torch.compile: latency, elastic efficiency, start, memory, size.
 
-    python benchmarks/export.py --models "[quickstart]" --out export.json
+    python benchmarks/export.py --folder files --only_export true
+    python benchmarks/export.py --folder files --turns "{quickstart: 12, S/2: 6, B/2: 3}" --out export.json
 
-Each part (one model and one way to run it) is a process of its own, which begins with loading, so that start-up and
-memory are its own. Of all turns the fastest counts: whatever else a machine does can only add to a time. A part that is
-in the output file already is left out, so that an interrupted run goes on. The table is printed at the end of every
-call.
+Each way to run a model is a process of its own, which begins with loading, so that start-up and memory are its own.
+Then all of them take turns in one run: in each turn every way runs every batch and level once, or for a tenth of a
+second where that is more often. Of all turns the fastest counts, for whatever else a machine does can only add to a
+time. Turns that are in the output file already are not measured again, so an interrupted run goes on where it was. The
+tables are printed at the end of every call.
+
+Weights are random, since times do not depend on them. `off by` is the largest difference of an output to that of eager
+PyTorch, relative to the largest value, over all levels at batch 1.
 """
 
 import json
@@ -15,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +32,7 @@ import elit
 from elit.analysis import count_flops
 from elit.analysis.environment import environment
 from elit.atomic import write_json
+from elit.errors import ElitError
 from elit.models import Model
 
 LEVELS = (1, 2, 4, 8, 16)
@@ -39,7 +47,78 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "S/2": ("ELIT-SiT-S/2", {"resolution": 256}),
     "B/2": ("ELIT-SiT-B/2", {"resolution": 256}),
 }
-"""Times do not depend on weights: those of the quickstart's model stand for it."""
+TURNS = {"quickstart": 12, "S/2": 6, "B/2": 3}
+SHORTEST = 0.1  # seconds for which a cell of a turn is repeated
+MIB = 2**20
+
+
+def main(
+    models: list[str] | None = None,
+    ways: list[str] | None = None,
+    turns: dict[str, int] = TURNS,
+    out: Path = Path("export.json"),
+    folder: Path | None = None,
+    threads: int = 1,
+    only_export: bool = False,
+) -> None:
+    """Measures models and ways to run them, and prints the tables.
+
+    Args:
+        models: of quickstart, S/2 and B/2; by default all.
+        ways: of eager, compile, aoti, onnx and onnx int8; by default all.
+        turns: how often each model is measured in each way.
+        out: the file of results, which is continued.
+        folder: where exported files are kept; by default a temporary folder.
+        threads: of the processor.
+        only_export: make the files and measure nothing.
+    """
+    results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"models": {}}
+    with tempfile.TemporaryDirectory() as temporary:
+        files = folder or Path(temporary)
+        files.mkdir(parents=True, exist_ok=True)
+        for name in models or MODELS:
+            paths = {way: file_of(name, way, files) for way in ways or WAYS}
+            if only_export:
+                continue
+            result = results["models"].setdefault(name, {"parts": {}, "turns": []})
+            if result["parts"] and set(result["parts"]) != set(paths):
+                raise ElitError(f"{out} has other ways of {name}: {', '.join(result['parts'])}; name another file")
+            for _ in measure(name, paths, result, turns.get(name, TURNS[name]), threads):
+                write_json(out, results | {"environment": environment() | {"threads": threads}})
+                print(f"{name}: turn {len(result['turns'])}", flush=True)
+    if only_export:
+        return
+    measured = {name: result for name, result in results["models"].items() if result["turns"]}
+    for name, result in measured.items():
+        print(f"\n{latency_table(name, result)}")
+    print(f"\n{start_table(measured)}")
+
+
+def measure(
+    name: str, paths: dict[str, Path | None], result: dict[str, Any], turns: int, threads: int
+) -> Iterator[None]:
+    """Adds to the result of a model what its parts are and the turns that it lacks; yields after each of them."""
+    if len(result["turns"]) >= turns:
+        return
+    with ExitStack() as stack:
+        parts = {way: stack.enter_context(part(name, way, path, threads)) for way, path in paths.items()}
+        outputs = {way: torch.tensor(process.about.pop("outputs")) for way, process in parts.items()}
+        for way, process in parts.items():
+            if "eager" in outputs:
+                wanted = outputs["eager"]
+                process.about["off_by"] = ((outputs[way] - wanted).abs().max() / wanted.abs().max()).item()
+            result["parts"].setdefault(way, process.about)
+        while len(result["turns"]) < turns:
+            turn: dict[str, Any] = {way: {str(batch): {} for batch in BATCHES} for way in parts}
+            for batch in BATCHES:
+                for level in LEVELS:
+                    for way, process in parts.items():
+                        turn[way][str(batch)][str(level)] = process.milliseconds(batch, level)
+            result["turns"].append(turn)
+            yield
+
+
+# ------------------------------------------------------------------------------------------- one way to run a model
 
 
 def build(name: str) -> Model:
@@ -63,32 +142,76 @@ def file_of(name: str, way: str, folder: Path) -> Path | None:
     return file
 
 
-def measure(name: str, way: str, file: Path | None, seconds: float) -> dict[str, Any]:
-    """Loads a model and times its forward at every level and batch; this process does nothing else."""
-    before = resident_memory()
-    start = time.perf_counter()
+class Part:
+    """Talks to the process that runs a model in one way.
+
+    Attributes:
+        about: seconds until it was started, its memory, the size of its file, and its outputs at every level.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.about: dict[str, Any] = self._answer()
+
+    def milliseconds(self, batch: int, level: int) -> float:
+        """Returns how long the fastest forward takes of those that fit in a short time."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{batch} {level}\n")
+        self.process.stdin.flush()
+        return float(self._answer())
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline())
+
+
+@contextmanager
+def part(name: str, way: str, file: Path | None, threads: int) -> Iterator[Part]:
+    """Starts a process that runs a model in one way, with nothing compiled before, and ends it afterwards."""
+    arguments = [sys.executable, __file__, "part", name, way, str(file or ""), str(threads)]
+    with tempfile.TemporaryDirectory() as cache:
+        variables = os.environ | {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_CACHE_DIR": cache}
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(arguments, env=variables, **pipes) as process:
+            try:
+                yield Part(process)
+            finally:
+                process.stdin.close()  # which ends it
+
+
+def run_part(name: str, way: str, file: Path | None) -> None:
+    """Is that process: tells what it is as soon as it is started, and then times what it is asked for."""
+    out, sys.stdout = sys.stdout, sys.stderr  # libraries may print too
+    before, start = resident_memory(), time.perf_counter()
     model = build(name) if file is None else elit.load_exported(file, trust_native_code=True)
     if way == "compile":
         model = elit.compile(model)
     inputs = {batch: example(name, batch) for batch in BATCHES}
     with torch.inference_mode():
-        for batch in BATCHES:  # compiled on the first calls, which are part of the start
-            for level in LEVELS:
-                model(*inputs[batch], num_latents=level)
-        started = time.perf_counter() - start
-        rows = {}
-        for batch in BATCHES:
-            samples: dict[int, list[float]] = {level: [] for level in LEVELS}
-            end = time.perf_counter() + seconds / len(BATCHES)
-            while time.perf_counter() < end or len(samples[LEVELS[-1]]) < 3:
-                for level in LEVELS:
-                    begin = time.perf_counter()
-                    model(*inputs[batch], num_latents=level)
-                    samples[level].append(time.perf_counter() - begin)
-            rows[str(batch)] = {str(level): min(of) * 1e3 for level, of in samples.items()}
-    memory = resident_memory() - before
-    size = None if file is None else file.stat().st_size
-    return {"start_seconds": started, "memory_mib": memory / 2**20, "file_bytes": size, "milliseconds": rows}
+        first = [model(*inputs[1], num_latents=level) for level in LEVELS]
+        about = {
+            "start_seconds": time.perf_counter() - start,
+            "memory_mib": (resident_memory() - before) / MIB,
+            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before / MIB,
+            "file_bytes": None if file is None else file.stat().st_size,
+            "outputs": torch.stack(first).tolist(),
+        }
+        for level in LEVELS:
+            model(*inputs[8], num_latents=level)  # may compile again
+        print(json.dumps(about), file=out, flush=True)
+        for line in sys.stdin:
+            batch, level = map(int, line.split())
+            print(fastest(lambda b=batch, j=level: model(*inputs[b], num_latents=j)) * 1e3, file=out, flush=True)
+
+
+def fastest(call: Any) -> float:
+    """Returns the seconds of the fastest of several calls."""
+    samples: list[float] = []
+    while sum(samples) < SHORTEST:
+        begin = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - begin)
+    return min(samples)
 
 
 def resident_memory() -> int:
@@ -98,90 +221,53 @@ def resident_memory() -> int:
 
 
 def example(name: str, batch: int) -> tuple[Any, ...]:
-    """Draws the inputs of a forward."""
+    """Draws the inputs of a forward, the same in every process."""
     side, channels = (16, 1) if name == "quickstart" else (32, 4)
+    torch.manual_seed(batch)
     return torch.randn(batch, channels, side, side), torch.rand(batch), torch.zeros(batch, dtype=torch.long)
 
 
-def run_part(name: str, way: str, folder: Path, seconds: float, threads: int) -> dict[str, Any]:
-    """Measures one part in a process of its own."""
-    file = file_of(name, way, folder)
-    arguments = [name, way, "" if file is None else str(file), str(seconds), str(threads)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    ran = subprocess.run(
-        [sys.executable, __file__, "part", *arguments], env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
-    return dict(json.loads(ran.stdout.splitlines()[-1]))
+# ------------------------------------------------------------------------------------------- tables
 
 
-def table(name: str, parts: dict[str, Any]) -> str:
-    """Writes what was measured of a model as Markdown."""
+def latency_table(name: str, result: dict[str, Any]) -> str:
+    """Writes the times of a model as Markdown."""
     config = build(name).config
-    flops = [count_flops(config, level).total for level in LEVELS]
+    flops = count_flops(config, LEVELS[0]).total / count_flops(config, LEVELS[-1]).total
     head = " | ".join(f"{level}/16" for level in LEVELS)
-    lines = [
-        f"| {name}, batch | way | {head} | of full | elastic efficiency | start (s) | memory (MiB) | file (MB) |",
-        "| --- | --- |" + " --: |" * (len(LEVELS) + 5),
-    ]
+    lines = [f"| {name}, batch | way | {head} | of full | elastic efficiency |"]
+    lines += ["| --- | --- |" + " --: |" * (len(LEVELS) + 2)]
     for batch in BATCHES:
-        eager = parts[f"{name}, eager"]["milliseconds"][str(batch)] if f"{name}, eager" in parts else None
-        for way in WAYS:
-            if (part := parts.get(f"{name}, {way}")) is None:
-                continue
-            times = [part["milliseconds"][str(batch)][str(level)] for level in LEVELS]
-            cells = []
-            for level, value in zip(LEVELS, times, strict=True):
-                gain = f" ({eager[str(level)] / value:.2f}x)" if eager and way != "eager" else ""
-                cells.append(f"{value:.2f}{gain}")
-            ratio = times[0] / times[-1]
-            size = "-" if part["file_bytes"] is None else f"{part['file_bytes'] / 1e6:.1f}"
-            lines.append(
-                f"| {batch} | {way} | {' | '.join(cells)} | {ratio:.0%} | {ratio / (flops[0] / flops[-1]):.2f} | "
-                f"{part['start_seconds']:.1f} | {part['memory_mib']:.0f} | {size} |"
-            )
+        times = {
+            way: [min(turn[way][str(batch)][str(level)] for turn in result["turns"]) for level in LEVELS]
+            for way in result["parts"]
+        }
+        for way, row in times.items():
+            cells = [f"{value:.2f}" if value < 100 else f"{value:.0f}" for value in row]
+            if way != "eager" and "eager" in times:
+                gains = [f" ({eager / value:.2f}x)" for eager, value in zip(times["eager"], row, strict=True)]
+                cells = [cell + gain for cell, gain in zip(cells, gains, strict=True)]
+            ratio = row[0] / row[-1]
+            lines.append(f"| {batch} | {way} | {' | '.join(cells)} | {ratio:.0%} | {ratio / flops:.2f} |")
     return "\n".join(lines)
 
 
-def main(
-    models: list[str] | None = None,
-    ways: list[str] | None = None,
-    out: Path = Path("export.json"),
-    folder: Path | None = None,
-    seconds: float = 10,
-    threads: int = 1,
-    only_export: bool = False,
-) -> None:
-    """Measures models and ways to run them, and prints a table for each model.
-
-    Args:
-        models: of quickstart, S/2 and B/2; by default all.
-        ways: of eager, compile, aoti, onnx and onnx int8; by default all.
-        out: the file of results, which is continued.
-        folder: where exported files are kept; by default a temporary folder.
-        seconds: how long each part is timed.
-        threads: of the processor.
-        only_export: make the files and measure nothing.
-    """
-    results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"parts": {}}
-    with tempfile.TemporaryDirectory() as temporary:
-        files = folder or Path(temporary)
-        files.mkdir(parents=True, exist_ok=True)
-        for name in models or MODELS:
-            for way in ways or WAYS:
-                if only_export:
-                    file_of(name, way, files)
-                elif (key := f"{name}, {way}") not in results["parts"]:
-                    results["parts"][key] = run_part(name, way, files, seconds, threads)
-                    write_json(out, results | {"environment": environment() | {"threads": threads}})
-                    print(key, flush=True)
-    for name in models or MODELS:
-        print(f"\n{table(name, results['parts'])}")
+def start_table(results: dict[str, Any]) -> str:
+    """Writes start, memory and size of all models as Markdown."""
+    lines = ["| model | way | start (s) | memory (MiB) | peak (MiB) | file (MB) | off by |"]
+    lines += ["| --- | --- | --: | --: | --: | --: | --: |"]
+    for name, result in results.items():
+        for way, about in result["parts"].items():
+            size = "-" if about["file_bytes"] is None else f"{about['file_bytes'] / 1e6:.1f}"
+            off = "-" if way == "eager" or "off_by" not in about else f"{about['off_by']:.1e}"
+            memory = f"{about['memory_mib']:.0f} | {about['peak_memory_mib']:.0f}"
+            lines.append(f"| {name} | {way} | {about['start_seconds']:.1f} | {memory} | {size} | {off} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["part"]:
-        part_name, part_way, part_file, part_seconds, part_threads = sys.argv[2:]
-        torch.set_num_threads(int(part_threads))
-        print(json.dumps(measure(part_name, part_way, Path(part_file) if part_file else None, float(part_seconds))))
+        torch.set_num_threads(int(sys.argv[5]))
+        run_part(sys.argv[2], sys.argv[3], Path(sys.argv[4]) if sys.argv[4] else None)
     else:
         auto_cli(main, as_positional=False)

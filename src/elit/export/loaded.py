@@ -14,7 +14,7 @@ from elit.export.archive import Run
 from elit.export.metadata import Metadata, as_tensor, from_json
 from elit.models import MMDiT, MMDiTConfig, Model, TransformerConfig
 from elit.models.base import Levels
-from elit.models.registry import model_class_of
+from elit.models.registry import build_on_meta
 from elit.models.transformer import in_order
 
 SUFFIXES = (".pt2", ".onnx")
@@ -32,8 +32,7 @@ class ExportedModel(Model):
     def __init__(self, metadata: Metadata, config: TransformerConfig, run: Run, device: torch.device) -> None:
         super().__init__(config)
         self.metadata, self._run, self._device = metadata, run, device
-        with torch.device("meta"):
-            described: Any = model_class_of(config)(config)
+        described: Any = build_on_meta(config)
         self.__dict__["interface"] = described.interface  # past nn.Module: it has no weights, only levels
         self._stage_shapes = described.stage_shapes
         self.register_buffer("weights_digest", torch.tensor(list(metadata.weights.encode()), dtype=torch.uint8))
