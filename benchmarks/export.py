@@ -65,7 +65,8 @@ def main(
 
     Args:
         models: of quickstart, S/2 and B/2; by default all.
-        ways: of eager, compile, aoti, onnx and onnx int8; by default all.
+        ways: of eager, compile, aoti, onnx and onnx int8, by default all of these; and openvino, where that package is
+            installed, which runs the ONNX file.
         turns: how often each model is measured in each way.
         out: the file of results, which is continued.
         folder: where exported files are kept; by default a temporary folder.
@@ -135,10 +136,12 @@ def file_of(name: str, way: str, folder: Path) -> Path | None:
     """Exports a model for a way to run it; None where it needs no file."""
     if way in ("eager", "compile"):
         return None
-    file = folder / f"{name.replace('/', '-')}-{way.replace(' ', '-')}{'.onnx' if 'onnx' in way else '.pt2'}"
+    if way == "openvino":
+        return file_of(name, "onnx", folder)
+    file = folder / f"{name.replace('/', '-')}-{way.replace(' ', '-')}{'.pt2' if way == 'aoti' else '.onnx'}"
     if not file.exists():
         precision: Any = "int8" if "int8" in way else "fp32"
-        elit.export(build(name), file, format="aoti" if way == "aoti" else None, precision=precision)
+        elit.export(build(name), file, format="aoti" if way == "aoti" else "onnx", precision=precision)
     return file
 
 
@@ -176,16 +179,14 @@ def part(name: str, way: str, file: Path | None, threads: int) -> Iterator[Part]
             try:
                 yield Part(process)
             finally:
-                process.stdin.close()  # which ends it
+                process.communicate()  # its input ends, and so does it
 
 
 def run_part(name: str, way: str, file: Path | None) -> None:
     """Is that process: tells what it is as soon as it is started, and then times what it is asked for."""
     out, sys.stdout = sys.stdout, sys.stderr  # libraries may print too
     before, start = resident_memory(), time.perf_counter()
-    model = build(name) if file is None else elit.load_exported(file, trust_native_code=True)
-    if way == "compile":
-        model = elit.compile(model)
+    model = load(name, way, file)
     inputs = {batch: example(name, batch) for batch in BATCHES}
     with torch.inference_mode():
         first = [model(*inputs[1], num_latents=level) for level in LEVELS]
@@ -202,6 +203,29 @@ def run_part(name: str, way: str, file: Path | None) -> None:
         for line in sys.stdin:
             batch, level = map(int, line.split())
             print(fastest(lambda b=batch, j=level: model(*inputs[b], num_latents=j)) * 1e3, file=out, flush=True)
+
+
+def load(name: str, way: str, file: Path | None) -> Any:
+    """Makes what a way calls."""
+    if way == "openvino":
+        return with_openvino(file)
+    if file is not None:
+        return elit.load_exported(file, trust_native_code=True)
+    return elit.compile(build(name)) if way == "compile" else build(name)
+
+
+def with_openvino(file: Path | None) -> Any:
+    """Loads an ONNX file into OpenVINO, in float32."""
+    import openvino  # type: ignore[import-not-found, unused-ignore]
+
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.Core().compile_model(str(file), "CPU", settings).create_infer_request()
+
+    def run(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, num_latents: int) -> torch.Tensor:
+        inputs = {"x": x, "t": t, "y": y, "latent_index": torch.arange(num_latents)}
+        return torch.from_numpy(request.infer({key: value.numpy() for key, value in inputs.items()})[0].copy())
+
+    return run
 
 
 def fastest(call: Any) -> float:

@@ -1,6 +1,7 @@
 """`elit export` on the command line, and its files where a model is asked for."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,17 +40,24 @@ def test_an_exported_file_can_be_planned_for(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_decoder_is_written_beside_the_file(tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_the_decoder_is_written_beside_the_file(form: str, tmp_path: Path) -> None:
     save_autoencoder(tmp_path / "vae", scaling_factor=0.5)
     tiny(depth=3, in_channels=4).save_pretrained(tmp_path / "model")
-    assert main(["export", "--model", f"{tmp_path}/model", "--out", f"{tmp_path}/m.onnx",
+    assert main(["export", "--model", f"{tmp_path}/model", "--out", f"{tmp_path}/m.{form}",
                  "--autoencoder", f"{tmp_path}/vae"]) == 0  # fmt: skip
-    session = onnxruntime.InferenceSession(tmp_path / "m-decoder.onnx")
+    run: Any
+    if form == "onnx":
+        session = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / "m-decoder.onnx")
+        assert session.get_inputs()[0].shape == ["batch", 4, 8, 8]
+        run = lambda latents: torch.from_numpy(session.run(None, {"latents": latents.numpy()})[0])  # noqa: E731
+    else:
+        run = torch.export.load(tmp_path / "m-decoder.pt2").module()
     autoencoder = load_autoencoder(tmp_path / "vae", 4)
-    latents = torch.randn(1, 4, 8, 8)
-    (found,) = session.run(None, {"latents": latents.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), decode(latents, autoencoder), rtol=0, atol=1e-4)
+    for batch in (1, 3, 63):
+        latents = torch.randn(batch, 4, 8, 8)
+        # float32, through 20 convolutions
+        torch.testing.assert_close(run(latents), decode(latents, autoencoder), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

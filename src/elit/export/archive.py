@@ -7,7 +7,9 @@ is machine code and cannot be checked at all: it runs only where the caller says
 """
 
 import json
+import platform
 import re
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,9 +86,9 @@ def read_metadata(path: Path) -> tuple[str | None, bool]:
         ElitError: it is no archive of PyTorch, or damaged.
     """
     with _opened(path) as reader:
-        names = reader.get_file_names()
-        text = reader.read_string(f"extra/{EXTRA}") if f"extra/{EXTRA}" in names else None
-        return text, any(name.startswith(NATIVE) for name in names)
+        names = reader.get_all_records()
+        text = reader.get_record(f"extra/{EXTRA}") if f"extra/{EXTRA}" in names else None
+        return None if text is None else text.decode(), any(name.startswith(NATIVE) for name in names)
 
 
 def load_program(path: Path, device: torch.device) -> Run:
@@ -115,20 +117,41 @@ def load_program(path: Path, device: torch.device) -> Run:
 def load_package(path: Path) -> Run:
     """Loads the machine code of a package, which can do whatever this process can.
 
+    PyTorch's ``aoti_load_package`` would import its compiler and run a C++ compiler to ask which instructions there
+    are, and would read how inputs are ordered again at each call. So its loader is called here without it.
+
     Raises:
         ElitError: it is damaged, or for another machine.
     """
-    from torch._inductor import aoti_load_package
+    from torch.utils._pytree import treespec_loads
 
+    loader: Any = torch._C._aoti.AOTIModelPackageLoader
     try:
-        package = aoti_load_package(str(path))
+        check_machine(path, loader.load_metadata_from_package(str(path), "model"))
+        package = loader(str(path), "model")
+        order = treespec_loads(package.get_call_spec()[0]).child(1).context  # of the keyword arguments
+    except ElitError:
+        raise
     except Exception as error:
         raise ElitError(f"{path} is damaged, or a package for another machine ({_first_line(error)})") from error
 
     def run(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return tuple(package(**inputs))
+        return tuple(package.boxed_run([inputs[name] for name in order]))
 
     return run
+
+
+def check_machine(path: Path, compiled_for: dict[str, str]) -> None:
+    """Checks that this is the kind of machine that a package was compiled for: others would end the process.
+
+    Raises:
+        ElitError: it is another one.
+    """
+    wanted = (compiled_for["AOTI_PLATFORM"], compiled_for["AOTI_MACHINE"])
+    if (here := (sys.platform, platform.machine())) != wanted:
+        raise ElitError(f"{path} is a package for {' on '.join(wanted)}, and this is {' on '.join(here)}")
+    if "AVX512" in compiled_for["AOTI_CPU_ISA"] and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        raise ElitError(f"{path} is a package for processors with AVX-512, which this one lacks; export it here")
 
 
 def check(path: Path) -> None:
@@ -140,16 +163,16 @@ def check(path: Path) -> None:
         ElitError: the archive holds something that our export does not write.
     """
     with _opened(path) as reader:
-        for name in reader.get_file_names():
+        for name in reader.get_all_records():
             if not RECORDS.fullmatch(name):
                 raise _refused(path, f"it holds {name}")
-        if reader.read_bytes("data/sample_inputs/model.pt"):
+        if reader.get_record("data/sample_inputs/model.pt"):
             raise _refused(path, "it holds example inputs")
         for name in ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json"):
-            for payload in json.loads(reader.read_string(name))["config"].values():
+            for payload in json.loads(reader.get_record(name))["config"].values():
                 if payload["use_pickle"] is not False:
                     raise _refused(path, "its weights are pickled")
-        graph = json.loads(reader.read_string("models/model.json"))
+        graph = json.loads(reader.get_record("models/model.json"))
         if graph["guards_code"]:
             raise _refused(path, "it has conditions that are code")
         for key, value in _entries(graph):
@@ -186,13 +209,13 @@ def _refused(path: Path, reason: str) -> ElitError:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[torch._C.PyTorchFileReader]:
     """Opens an archive with PyTorch's own reader, and tells every error in the block as one of the file."""
-    from torch.export.pt2_archive._package import PT2ArchiveReader
-
     try:
-        with PT2ArchiveReader(str(path)) as reader:
-            yield reader
+        reader = torch._C.PyTorchFileReader(str(path))  # torch.export.pt2_archive has the same, behind its compiler
+        if reader.get_record("archive_format") != b"pt2":
+            raise _refused(path, "it is of an old format")
+        yield reader
     except ElitError:
         raise
     except Exception as error:  # the reader has its own kinds

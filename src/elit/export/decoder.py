@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from elit.data.autoencoder import scaling
 from elit.errors import ElitError
 from elit.export import archive, onnx
-from elit.export.graph import strip
+from elit.export.graph import TRACED_BATCH, strip
+
+MAX_BATCH = 63  # from 64 images on diffusers copies them to another layout
 
 
 class Decoder(nn.Module):
@@ -28,7 +31,7 @@ class Decoder(nn.Module):
 
 @torch.no_grad()
 def export_decoder(autoencoder: Any, file: str | Path, shape: tuple[int, ...]) -> None:
-    """Writes a decoder as a graph from ``latents`` to an image, one at a time: its convolutions tie a trace to a batch.
+    """Writes a decoder as a graph from ``latents`` to images, in batches of 1 to 63: from 64 on diffusers' differs.
 
     Args:
         autoencoder: of :func:`elit.data.autoencoder.load_autoencoder`.
@@ -43,8 +46,10 @@ def export_decoder(autoencoder: Any, file: str | Path, shape: tuple[int, ...]) -
         raise ElitError(f"file is {file}; a decoder is written to a .onnx or .pt2 file")
     if len(shape) != 3:
         raise ElitError(f"latents have the shape {shape}; only decoders of images can be exported")
-    example = torch.randn(1, *shape)
-    program = torch.export.export(Decoder(autoencoder.float()).eval(), (example,), strict=False)
+    example, sizes = torch.randn(TRACED_BATCH, *shape), {0: Dim("batch", min=1, max=MAX_BATCH)}
+    decoder = Decoder(autoencoder.float()).eval()
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        program = torch.export.export(decoder, (example,), dynamic_shapes={"latents": sizes}, strict=False)
     strip(program)
     told = json.dumps({"decoder": type(autoencoder).__name__, "input_shape": shape, "output": "images in [-1, 1]"})
     if file.suffix == ".onnx":

@@ -115,9 +115,12 @@ class SizeOblivious(TorchFunctionMode):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalizes the last axis as :func:`torch.nn.functional.rms_norm` does: in float32, then back."""
+    """Normalizes the last axis as :func:`torch.nn.functional.rms_norm` does: in float32, then back.
+
+    It divides by a root, and does not multiply with its inverse, because ONNX Runtime makes one kernel of that.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normed = wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normed * weight).to(x.dtype)
 
 

@@ -20,7 +20,7 @@ from elit.export.metadata import KEY
 
 OPSET = 20
 LARGEST = 2**31 - 2**26  # bytes of weights in one file: protobuf holds 2 GiB
-SIZES = {"t": ("batch",), "tokens": ("batch", "words"), "latent_index": ("latents",)}
+SIZES = {"t": ("batch",), "latents": ("batch",), "tokens": ("batch", "words"), "latent_index": ("latents",)}
 
 
 def need(package: str) -> Any:
