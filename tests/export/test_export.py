@@ -1,6 +1,8 @@
 """One exported file is the model at every level: parity, levels, fixed batches, guidance, and what is refused."""
 
 import json
+import platform
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -151,17 +153,36 @@ def test_a_plain_transformer_has_no_levels(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ELIT-DiT", "ELIT-MMDiT"])
-def test_a_package_of_aotinductor(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["ELIT-DiT", "ELIT-UViT", "ELIT-HDiT", "ELIT-MMDiT", "ELIT-DFM"])
+def test_a_package_of_aotinductor(kind: str, tmp_path: Path, monkeypatch: Any) -> None:
     model, file = KINDS[kind](), tmp_path / "model.pt2"
     elit.export(model, file, format="aoti")
     with pytest.raises(ElitError, match="is machine code, which can do whatever you can"):
         elit.load_exported(file)
+    monkeypatch.setenv("PATH", "")  # no compiler is needed any more
     loaded = elit.load_exported(file, trust_native_code=True)
     for level in model.levels:
         for batch in (1, 3):
             x, t, y = given(model, batch)
+            # float32: sums of up to 128 terms in another order
             assert worst(loaded(x, t, y, num_latents=level), model(x, t, y, num_latents=level)) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_package_for_another_machine_is_told(tmp_path: Path) -> None:
+    whole, other = tmp_path / "model.pt2", tmp_path / "other.pt2"
+    elit.export(tiny("ELIT-DiT", depth=2, head_depth=0, tail_depth=0), whole, format="aoti")
+    for known, written, message in (
+        (platform.machine(), "riscv64", "is a package for linux on riscv64, and this is"),
+        ("AOTI_MACHINE", "MACHINE", "is damaged, or a package for another machine"),
+    ):
+        with zipfile.ZipFile(whole) as old, zipfile.ZipFile(other, "w", zipfile.ZIP_STORED) as new:
+            for name in old.namelist():
+                record = old.read(name)
+                about = name.endswith("metadata.json") and b"AOTI_MACHINE" in record
+                new.writestr(name, record.replace(known.encode(), written.encode()) if about else record)
+        with pytest.raises(ElitError, match=message):
+            elit.load_exported(other, trust_native_code=True)
 
 
 @pytest.mark.slow
@@ -226,13 +247,16 @@ def test_a_file_is_a_model_for_measurements(files: Any) -> None:
     [
         ("m.pt2", {"format": "tflite"}, "no format is named 'tflite'"),
         ("m.onnx", {"format": "pt2"}, "ends in .pt2"),
-        ("m.txt", {}, "ends in .pt2"),
+        ("m.txt", {}, r"m\.txt; name one that ends in \.pt2 or \.onnx"),
         ("m.pt2", {"precision": "int8"}, "int8 is for ONNX"),
         ("m.onnx", {"precision": "bf16"}, "no bf16"),
         ("m.pt2", {"precision": "fp8"}, "precision is 'fp8'"),
         ("m.pt2", {"batch": 0}, "batch is 0"),
         ("m.pt2", {"levels": [1, 17]}, "levels is"),
         ("m.pt2", {"class_names": ["a"]}, "1 class names for 10 classes"),
+        ("m.pt2", {"steps": 0}, "steps is 0"),
+        ("m.pt2", {"path": "curve"}, "path is 'curve'"),
+        ("m.pt2", {"solver": "ddim"}, "solver is 'ddim'"),
     ],
 )
 def test_wrong_options_are_told(name: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -96,8 +96,13 @@ def export_model(options: ExportOptions) -> Metadata:
         console.print(f"{beside}: {beside.stat().st_size / 1e6:.2f} MB, from latents to images in [-1, 1]")
     levels = f"{listed(told.levels)} of {told.num_latents} latents a window" if told.levels else "no levels"
     console.print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB, {told.precision}, {levels}")
-    trust = " --trust-native-code" if options.format == "aoti" else ""
-    console.print(f"next: elit sample --model {options.out}{trust} --out samples.png")
+    more = " --trust-native-code" if options.format == "aoti" else ""
+    more += "".join(
+        f" --{name} {value}"
+        for name, value in (("path", options.path), ("steps", options.steps))
+        if value != getattr(ExportOptions, name)
+    )
+    console.print(f"next: elit sample --model {options.out}{more} --out samples.png")
     return told
 
 

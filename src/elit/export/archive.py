@@ -223,4 +223,4 @@ def _opened(path: Path) -> Iterator[torch._C.PyTorchFileReader]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0][:200]

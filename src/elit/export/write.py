@@ -53,8 +53,11 @@ def export(
         ElitError: options that do not fit each other or the model, or a file that cannot be written.
     """
     file = Path(file)
+    if format is None and file.suffix not in SUFFIX.values():
+        raise ElitError(f"file is {file}; name one that ends in .pt2 or .onnx")
     format = format or ("onnx" if file.suffix == ".onnx" else "pt2")
     check_options(file, format, precision, batch)
+    check_sampling(path, solver, steps)
     if precision != "int8" and model.dtype != DTYPES[precision]:
         model = copy.deepcopy(model).to(DTYPES[precision])
     metadata = describe(
@@ -100,6 +103,20 @@ def check_options(file: Path, format: Format, precision: Precision, batch: int |
         raise ElitError("ONNX Runtime has no bf16 on CPUs; take precision fp16, or the format pt2")
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
         raise ElitError(f"batch is {batch!r}; it must be a whole number, at least 1, or None for any")
+
+
+def check_sampling(path: str, solver: str, steps: int) -> None:
+    """Checks what a file says of how to sample.
+
+    Raises:
+        ElitError: see :func:`export`.
+    """
+    if path not in ("linear", "cosine"):
+        raise ElitError(f"path is {path!r}; it is linear or cosine")
+    if solver not in ("euler", "heun", "sde"):
+        raise ElitError(f"solver is {solver!r}; it is euler, heun or sde")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ElitError(f"steps is {steps!r}; it must be a whole number, at least 1")
 
 
 def chosen_levels(model: Model, levels: Sequence[int] | None) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ function wanted() {
   return {
     seed: Math.trunc(Number(at("seed").value)),
     label: Number(at("label").value),
-    steps: Math.max(1, Math.trunc(Number(at("steps").value))),
+    steps: Math.min(Math.max(1, Math.trunc(Number(at("steps").value))), Number(at("steps").max)),
     level: levels[Number(at("budget").value)],
     scale: about.config.num_classes && Number.isFinite(scale) ? scale : 1,
   };
@@ -52,12 +52,23 @@ function wanted() {
 
 /** Draws a sample and returns it with the milliseconds that it took. */
 async function timed(settings) {
+  await model.warmUp(settings.scale === 1 ? settings.levels : [...settings.levels, levels[0]]);
   const start = performance.now();
   const pixels = await model.sample(settings);
   return [pixels, performance.now() - start];
 }
 
 const schedule = (level, steps) => new Array(steps).fill(level);
+
+/** Says in short how many steps have which level, such as "3 × 16, 5 × 4". */
+function inShort(schedule) {
+  const runs = [];
+  for (const level of schedule) {
+    if (runs.at(-1)?.level === level) runs.at(-1).steps++;
+    else runs.push({ level, steps: 1 });
+  }
+  return runs.map(({ level, steps }) => `${steps} × ${level}`).join(", ");
+}
 
 async function drawOne() {
   const { level, steps, ...settings } = wanted();
@@ -89,7 +100,7 @@ async function drawPlan() {
   }
   const [pixels, ms] = await timed({ seed, label, scale, levels: found.levels });
   at("told").textContent =
-    `${found.levels.length} steps with ${found.levels.join(", ")} of ${all} latents; ` +
+    `${found.levels.length} steps: ${inShort(found.levels)} of ${all} latents; ` +
     `planned ${found.milliseconds.toFixed(0)} ms, took ${ms.toFixed(0)} ms.`;
   show("planned", [[picture(pixels, about.input_shape), `${ms.toFixed(0)} ms`]]);
 }
