@@ -255,8 +255,8 @@ def test_a_file_is_a_model_for_measurements(files: Any) -> None:
         ("m.pt2", {"levels": [1, 17]}, "levels is"),
         ("m.pt2", {"class_names": ["a"]}, "1 class names for 10 classes"),
         ("m.pt2", {"steps": 0}, "steps is 0"),
-        ("m.pt2", {"path": "curve"}, "path is 'curve'"),
-        ("m.pt2", {"solver": "ddim"}, "solver is 'ddim'"),
+        ("m.pt2", {"path": "curve"}, "no path is named 'curve'"),
+        ("m.pt2", {"solver": "ddim"}, "no solver is named 'ddim'"),
     ],
 )
 def test_wrong_options_are_told(name: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:

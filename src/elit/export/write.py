@@ -11,6 +11,8 @@ from elit.errors import ElitError
 from elit.export import archive, onnx
 from elit.export.graph import trace
 from elit.export.metadata import Format, Metadata, Precision, describe, to_json
+from elit.flow.paths import path_named
+from elit.flow.solvers import check_steps, solver_named
 from elit.interface.budget import valid_levels
 from elit.models import Model
 
@@ -57,7 +59,9 @@ def export(
         raise ElitError(f"file is {file}; name one that ends in .pt2 or .onnx")
     format = format or ("onnx" if file.suffix == ".onnx" else "pt2")
     check_options(file, format, precision, batch)
-    check_sampling(path, solver, steps)
+    path_named(path)
+    solver_named(solver)
+    check_steps(steps)
     if precision != "int8" and model.dtype != DTYPES[precision]:
         model = copy.deepcopy(model).to(DTYPES[precision])
     metadata = describe(
@@ -103,20 +107,6 @@ def check_options(file: Path, format: Format, precision: Precision, batch: int |
         raise ElitError("ONNX Runtime has no bf16 on CPUs; take precision fp16, or the format pt2")
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
         raise ElitError(f"batch is {batch!r}; it must be a whole number, at least 1, or None for any")
-
-
-def check_sampling(path: str, solver: str, steps: int) -> None:
-    """Checks what a file says of how to sample.
-
-    Raises:
-        ElitError: see :func:`export`.
-    """
-    if path not in ("linear", "cosine"):
-        raise ElitError(f"path is {path!r}; it is linear or cosine")
-    if solver not in ("euler", "heun", "sde"):
-        raise ElitError(f"solver is {solver!r}; it is euler, heun or sde")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ElitError(f"steps is {steps!r}; it must be a whole number, at least 1")
 
 
 def chosen_levels(model: Model, levels: Sequence[int] | None) -> tuple[int, ...]:
