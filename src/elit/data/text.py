@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from elit.conditions import Text
 from elit.data.captions import WordVectors
@@ -12,11 +13,21 @@ from elit.errors import ElitError
 from elit.launch import default_device
 
 WORDS = "words"
+PIPELINE = "model_index.json"  # what a folder of a pipeline of diffusers has
 
 
 def open_encoder(source: str | Path, device: torch.device | str | None = None) -> Callable[[Sequence[str]], Text]:
-    """Opens a text encoder: ``words`` for :class:`~elit.data.captions.WordVectors`, else a :class:`TextEncoder`."""
-    return WordVectors() if source == WORDS else TextEncoder(source, device=device)
+    """Opens a text encoder: ``words`` for :class:`~elit.data.captions.WordVectors`, the folder of a pipeline of Stable
+    Diffusion 3 for :class:`PooledEncoder`, else a :class:`TextEncoder`.
+
+    Raises:
+        ElitError: nothing usable is there, or what it needs is not installed.
+    """
+    if source == WORDS:
+        return WordVectors()
+    index = Path(source) / PIPELINE
+    pooled = index.is_file() and "StableDiffusion3" in index.read_text()
+    return PooledEncoder(source, device) if pooled else TextEncoder(source, device=device)
 
 
 class TextEncoder:
@@ -42,7 +53,7 @@ class TextEncoder:
             from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
         except ImportError as error:
             raise ElitError("text encoders need transformers: pip install 'elit-diffusion[text]'") from error
-        place = ("tokenizer", "text_encoder") if (Path(source) / "model_index.json").is_file() else ("", "")
+        place = ("tokenizer", "text_encoder") if (Path(source) / PIPELINE).is_file() else ("", "")
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(source, subfolder=place[0])
             saved = AutoConfig.from_pretrained(source, subfolder=place[1]).architectures or ()
@@ -72,3 +83,38 @@ class TextEncoder:
         ).to(self.device)  # fmt: skip
         tokens = self.model(input_ids=found.input_ids, attention_mask=found.attention_mask).last_hidden_state
         return Text(tokens.float(), found.attention_mask.bool())
+
+
+class PooledEncoder:
+    """Encodes prompts with the three text encoders of a pipeline of Stable Diffusion 3, as the pipeline does.
+
+    A prompt has one vector for the whole beside its tokens. It stands before them as one token more, filled up with
+    zeros to their width.
+
+    Args:
+        source: the local folder of the pipeline.
+        device: None is the GPU of the process, where there is one.
+
+    Raises:
+        ElitError: diffusers is not installed, or the encoders cannot be read.
+    """
+
+    def __init__(self, source: str | Path, device: torch.device | str | None = None) -> None:
+        try:
+            from diffusers import DiffusionPipeline
+        except ImportError as error:
+            raise ElitError("pipelines need diffusers: pip install 'elit-diffusion[retrofit]'") from error
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(source, transformer=None, vae=None)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ElitError(f"cannot read the text encoders of the pipeline {source} ({reason})") from error
+        self.pipeline: Any = pipeline.to(default_device() if device is None else device)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Text:
+        """Encodes prompts, all to the same length; ``[""]`` is the empty prompt."""
+        tokens, _, pooled, _ = self.pipeline.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=False)
+        first = F.pad(pooled, (0, tokens.shape[2] - pooled.shape[1]))
+        together = torch.cat((first[:, None], tokens), dim=1).float()
+        return Text(together, torch.ones(together.shape[:2], dtype=torch.bool, device=together.device))

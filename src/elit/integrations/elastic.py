@@ -107,7 +107,9 @@ class ElasticMixin:
             one; None where they run one after the other.
         refused: arguments of its forward that it cannot work with, and why.
         predicts: what its base was trained to predict.
-        condition: what its base draws: classes, captions, or None where captions alone do not make its inputs.
+        condition: what its base draws that ``elit distill`` can give it: classes, captions, captions with a vector for
+            the whole (:class:`~elit.data.text.PooledEncoder`), or None.
+        text_width: the entry of its configuration that says how wide embedded captions are.
     """
 
     base: ClassVar[Any]
@@ -119,7 +121,8 @@ class ElasticMixin:
     joint_guidance: ClassVar[tuple[str, str] | None] = None
     refused: ClassVar[dict[str, str]] = {}
     predicts: ClassVar[Literal["noise", "velocity"]] = "velocity"
-    condition: ClassVar[Literal["classes", "captions"] | None] = None
+    condition: ClassVar[Literal["classes", "captions", "pooled captions"] | None] = None
+    text_width: ClassVar[str] = ""
 
     _cp_plan = None  # windows and latents are not split over devices
     config: Any

@@ -110,6 +110,18 @@ class ElasticSD3Transformer2DModel(ElasticMixin, SD3Transformer2DModel):
     attention_arguments = "joint_attention_kwargs"
     joint_guidance = ("uncond", "cond")
     refused: ClassVar = {"block_controlnet_hidden_states": CONTROLNET, "skip_layers": SKIPPED}
+    condition = "pooled captions"
+    text_width = "joint_attention_dim"
+
+    def inputs(self, x: Tensor, timestep: Tensor, y: Condition) -> dict[str, Any]:
+        """Returns what a forward is given, with text y whose first token is the vector for the whole prompt."""
+        assert isinstance(y, Text)
+        return {
+            "hidden_states": x,
+            "encoder_hidden_states": y.tokens[:, 1:],
+            "pooled_projections": y.tokens[:, 0, : self.config.pooled_projection_dim],
+            "timestep": timestep,
+        }
 
 
 # ------------------------------------------------------------------------------------------------ PixArt
@@ -155,6 +167,7 @@ class ElasticPixArtTransformer2DModel(ElasticMixin, PixArtTransformer2DModel):
     refused: ClassVar = {"attention_mask": MASKED}
     predicts = "noise"
     condition = "captions"
+    text_width = "caption_channels"
 
     def inputs(self, x: Tensor, timestep: Tensor, y: Condition) -> dict[str, Any]:
         """Returns what a forward is given, with text y; larger models are also told the size of the picture."""

@@ -22,6 +22,8 @@ from elit.training.build import Task
 from elit.training.config import OptimizerConfig, RunConfig
 from elit.training.objective import Objective
 
+CLIP_TOKENS = 77  # of every prompt, the empty one too, where CLIP is among the encoders
+
 if TYPE_CHECKING:  # these modules import diffusers
     from elit.integrations.noising import Noising
     from elit.integrations.pretrained import Pretrained
@@ -281,7 +283,7 @@ def check_data(base: "Pretrained", data: Data, name: str) -> Tensor | None:
     if kind == "DiTTransformer2DModel" and shape[1:] != (config["sample_size"],) * 2:
         side = config["sample_size"]
         raise ElitError(f"{name} has samples of {shape[1]}x{shape[2]}; the base {base.source} makes {side}x{side}")
-    if base.family.condition == "captions":
+    if base.family.condition != "classes":
         return _check_captions(base, data, name)
     _check_classes(base, data, name)
     return None
@@ -294,7 +296,7 @@ def _check_classes(base: "Pretrained", data: Data, name: str) -> None:
 
 
 def _check_captions(base: "Pretrained", data: Data, name: str) -> Tensor:
-    width = base.config["caption_channels"]
+    width = base.config[base.family.text_width]
     remedy = "embed captions by the text encoder of the base, with elit prepare encode --text-encoder"
     empty: Text | None = getattr(data, "empty_prompt", None)
     by_words = isinstance(data, Captioned) and isinstance(data.encode, WordVectors)  # no encoder was given
@@ -306,7 +308,13 @@ def _check_captions(base: "Pretrained", data: Data, name: str) -> Tensor:
             f"{name} has text embeddings of width {empty.tokens.shape[2]}, and the base {base.source} takes {width}; "
             f"{remedy}"
         )
-    return empty.tokens[0, empty.mask[0]]
+    tokens = empty.tokens[0, empty.mask[0]]
+    if base.family.condition == "pooled captions" and len(tokens) <= CLIP_TOKENS:
+        raise ElitError(
+            f"{name} has text embeddings of one encoder, and the base {base.source} has several; embed captions with "
+            "elit prepare encode --text-encoder and the folder of its pipeline"
+        )
+    return tokens
 
 
 def check_grid(student: "Student", data: Data) -> None:
