@@ -1,6 +1,7 @@
 """Bases of captions (PixArt, Stable Diffusion 3), on latents and embedded captions of `elit prepare encode`."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main([*encode, str(folder / "latents"), *how, "--text-encoder", str(folder / "base")]) == 0
     assert main([*encode, str(folder / "words"), *how, "--text-encoder", "words"]) == 0
     assert main([*encode, str(folder / "without-text"), *how]) == 0
+    shutil.copytree(folder / "latents", folder / "scaled")
+    index = json.loads((folder / "scaled/index.json").read_text())
+    (folder / "scaled/index.json").write_text(json.dumps(index | {"scaling_factor": 0.5}))
     return folder
 
 
@@ -88,6 +92,7 @@ def test_the_first_step_has_the_losses_of_a_plain_loop(world: Path, tmp_path: Pa
 @pytest.mark.parametrize("trainable", ["interface+core-lora", "all"])
 def test_the_original_pipeline_samples_from_the_result(world: Path, tmp_path: Path, trainable: str) -> None:
     options = ["--trainable", trainable, "--out", str(tmp_path / "run"), "--steps", "2", "--batch-size", "4"]
+    options += ["--precision", "bf16", "--checkpoint-activations", "true"]
     assert main(["distill", "--base", str(world / "base"), "--data", str(world / "latents"), *options]) == 0
     from elit.integrations.families import ElasticPixArtTransformer2DModel
 
@@ -115,6 +120,7 @@ def check_pictures(pipe: Any, **how: Any) -> None:
         ("WORLD/without-text", "has captions that are not embedded, and the base"),
         ("WORLD/pictures@WORLD/base/vae", "embed captions by the text encoder of the base, with elit prepare encode"),
         ("digits", "has samples of shape (1, 16, 16), and the base"),
+        ("WORLD/scaled", "has latents of another autoencoder than that of the base"),
         ("WORLD/words", "has text embeddings of width 32, and the base"),
     ],
 )
@@ -170,7 +176,7 @@ def test_stable_diffusion_3_samples_from_the_result(
     assert main([*given, "--data", str(world / "latents")]) == 2
     assert "has text embeddings of width 16, and the base" in capsys.readouterr().err
     how = ["--data", str(sd3 / "latents"), "--batch-size", "4", "--trainable", "interface+core-lora"]
-    assert main([*given, *how, "--times.shift", "3.0"]) == 0
+    assert main([*given, *how, "--times.shift", "3.0", "--precision", "bf16"]) == 0
     from elit.integrations.families import ElasticSD3Transformer2DModel
 
     pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(sd3 / "base")

@@ -86,7 +86,7 @@ def prepare_encode(
             launch.
         device: auto takes a GPU where there is one; or cpu, cuda, cuda:1, ...
         text_encoder: of captions, which are then stored embedded: a text encoder of transformers (a folder or a Hub
-            id), or words. Training then needs no text encoder.
+            id), the folder of a pipeline of diffusers, or words. Training then needs no text encoder.
 
     Raises:
         ElitError: a wrong option or source, an image that cannot be read, or a folder that cannot be used.

@@ -13,6 +13,8 @@ from elit.integrations.elastic import ElasticMixin
 from elit.integrations.families import FAMILIES, refusal
 from elit.models.files import LOCAL
 
+SCALING_FACTOR = 0.18215  # of an AutoencoderKL that was saved without one
+
 
 class Pretrained(NamedTuple):
     """A transformer that somebody trained, and what is known of it before its weights are read.
@@ -23,6 +25,7 @@ class Pretrained(NamedTuple):
         family: the class of its elastic version.
         config: its configuration.
         scheduler: configuration of the scheduler of its pipeline, or None.
+        autoencoder: configuration of the autoencoder of its pipeline, or None.
     """
 
     source: str
@@ -30,6 +33,14 @@ class Pretrained(NamedTuple):
     family: type[ElasticMixin]
     config: dict[str, Any]
     scheduler: dict[str, Any] | None
+    autoencoder: dict[str, Any] | None
+
+    @property
+    def scaling(self) -> tuple[float, float] | None:
+        """Scale and shift of the latents that it was trained on, where its pipeline says them with two numbers."""
+        if self.autoencoder is None or self.autoencoder.get("_class_name") != "AutoencoderKL":
+            return None
+        return self.autoencoder.get("scaling_factor", SCALING_FACTOR), self.autoencoder.get("shift_factor") or 0.0
 
     def load(self) -> Any:
         """Reads the transformer, in float32 and evaluation mode.
@@ -95,7 +106,8 @@ def find_pretrained(source: str) -> Pretrained:
         raise ElitError(f"{source} holds a {name}, which is elastic already; give what it was made of")
     if family is None:
         raise ElitError(f"{source}: {refusal(name)}")
-    return Pretrained(source, subfolder, family, config, _config(source, "scheduler") if subfolder else None)
+    scheduler, autoencoder = (_config(source, part) if subfolder else None for part in ("scheduler", "vae"))
+    return Pretrained(source, subfolder, family, config, scheduler, autoencoder)
 
 
 def _config(source: str, subfolder: str | None) -> dict[str, Any] | None:

@@ -280,6 +280,12 @@ def check_data(base: "Pretrained", data: Data, name: str) -> Tensor | None:
             f"{name} has samples of shape {shape}, and the base {base.source} takes {channels} channels: encode images "
             "with its own autoencoder (elit prepare encode --autoencoder)"
         )
+    scaling = getattr(data.data if isinstance(data, Captioned) else data, "scaling", None)  # of latents
+    if scaling is not None and base.scaling is not None and tuple(scaling) != base.scaling:
+        raise ElitError(
+            f"{name} has latents of another autoencoder than that of the base {base.source}: their scale and shift are "
+            f"{tuple(scaling)}, not {base.scaling}; encode images again (elit prepare encode --autoencoder)"
+        )
     if kind == "DiTTransformer2DModel" and shape[1:] != (config["sample_size"],) * 2:
         side = config["sample_size"]
         raise ElitError(f"{name} has samples of {shape[1]}x{shape[2]}; the base {base.source} makes {side}x{side}")
