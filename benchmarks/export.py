@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
@@ -37,7 +37,9 @@ from elit.models import Model
 
 LEVELS = (1, 2, 4, 8, 16)
 BATCHES = (1, 8)
-WAYS = ("eager", "compile", "aoti", "onnx", "onnx int8")
+Name = Literal["quickstart", "S/2", "B/2"]
+Way = Literal["eager", "compile", "aoti", "onnx", "onnx int8", "openvino"]
+WAYS: tuple[Way, ...] = ("eager", "compile", "aoti", "onnx", "onnx int8")
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "quickstart": (
         "ELIT-DiT-S/2",
@@ -53,8 +55,8 @@ MIB = 2**20
 
 
 def main(
-    models: list[str] | None = None,
-    ways: list[str] | None = None,
+    models: list[Name] | None = None,
+    ways: list[Way] | None = None,
     turns: dict[str, int] = TURNS,
     out: Path = Path("export.json"),
     folder: Path | None = None,
@@ -78,7 +80,7 @@ def main(
         files = folder or Path(temporary)
         files.mkdir(parents=True, exist_ok=True)
         for name in models or MODELS:
-            paths = {way: file_of(name, way, files) for way in ways or WAYS}
+            paths: dict[str, Path | None] = {way: file_of(name, way, files) for way in ways or WAYS}
             if only_export:
                 continue
             result = results["models"].setdefault(name, {"parts": {}, "turns": []})
