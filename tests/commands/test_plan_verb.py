@@ -132,6 +132,16 @@ def test_wrong_options_of_a_choice_are_told(
     assert not (tmp_path / "x.json").exists()
 
 
+def test_missing_weights_of_an_extractor_are_told_with_the_option_that_names_them(
+    saved: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch_fidelity")
+    given = ["--reference", "digits8", "--extractor-weights", "nowhere.pth"]
+    assert main(["plan", "--model", saved, "--gflops", "0.02", *given]) == 2
+    error = capsys.readouterr().err
+    assert "nowhere.pth does not hold the weights of Inception" in error and "with --extractor-weights" in error
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -238,7 +238,10 @@ def open_judge(options: PlanOptions, inputs: Inputs) -> FrechetJudge:
     model = inputs.model
     if len(model.input_shape()) != 3:
         raise ElitError(f"{options.model} makes clips, which no extractor scores; leave --reference out")
-    extractor = open_extractor(options.extractor, options.extractor_weights, options.fdd_resize, model.device)
+    try:
+        extractor = open_extractor(options.extractor, options.extractor_weights, options.fdd_resize, model.device)
+    except ElitError as error:  # it speaks of elit evaluate's option; ours of this name is another one
+        raise ElitError(str(error).replace("--weights", "--extractor-weights")) from error
     return FrechetJudge(options.reference, extractor, decoder_of(model, options.autoencoder), progress=True)
 
 
