@@ -1,6 +1,6 @@
 """Does a planned schedule beat one budget for all steps, and fewer steps, at the same FLOPs? One chosen by quality?
 
-    elit train --config configs/train/digits.yaml
+    elit train --config configs/train/digits.yaml --out runs/digits
     python experiments/planning.py --model runs/digits
 
 With and without guidance. The plan of least predicted error (``plan``) and the plan that a judge chose among candidates
