@@ -1,8 +1,11 @@
 """`elit distill`: what it trains, that it continues exactly, and that the original pipeline runs its result."""
 
+import json
 import re
+import shutil
 import subprocess
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from elit.training import ElasticConfig, HeldOutConfig, OptimizerConfig, Trainer
 from elit.training.distillation import DistillConfig, RetrofitConfig, build_distillation, estimate_memory
 from tests.helpers.runs import contents, kill, log, wait_for_line
 from tests.helpers.small_distillations import STEPS, as_file, command, distillation, save_base
+from tests.helpers.small_retrofits import FAMILIES
 
 diffusers = pytest.importorskip("diffusers")
 SETS = ("interface", "interface+core-lora", "all")
@@ -45,7 +49,8 @@ def load(folder: Path) -> Any:
 
 @pytest.mark.parametrize("trainable", SETS)
 def test_each_set_changes_what_it_says_and_nothing_else(base: Path, tmp_path: Path, trainable: str) -> None:
-    config = distillation(base, tmp_path / "run", trainable=trainable, steps=2, validation=HeldOutConfig(2, [1.0], 8))
+    config = distillation(base, tmp_path / "run", trainable=trainable, steps=2, snapshot_every=2)
+    config = replace(config, validation=HeldOutConfig(2, [1.0], 8))
     assert main(["distill", "--config", str(as_file(config, tmp_path / "run.yaml"))]) == 0
     result = load_file(tmp_path / "run/transformer/diffusion_pytorch_model.safetensors")
     of_base = load_file(base / "transformer/diffusion_pytorch_model.safetensors")
@@ -56,6 +61,8 @@ def test_each_set_changes_what_it_says_and_nothing_else(base: Path, tmp_path: Pa
     expected: dict[str, Any] = {"interface": set(), "interface+core-lora": layers, "all": of_base.keys()}
     assert changed == expected[trainable]
     assert "held_out_loss/1" in log(tmp_path / "run")[-1]
+    snapshot = load_file(tmp_path / "run/snapshots/step-00000002/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(snapshot[name], value) for name, value in result.items())
 
     # a checkpoint has what is trained, and nothing of the base
     kept = load_file(tmp_path / "run/checkpoints/step-00000002/training.safetensors")
@@ -210,6 +217,17 @@ def test_the_original_pipeline_samples_from_the_result(
     assert not np.array_equal(pictures[1], pictures[1 / 2]) and not np.array_equal(pictures[1 / 2], pictures[1 / 8])
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("trainable", SETS)
+def test_a_run_on_a_gpu(base: Path, tmp_path: Path, trainable: str) -> None:
+    """In bf16, with activations computed again."""
+    config = distillation(base, tmp_path / "run", trainable=trainable, checkpoint_activations=True)
+    assert main(["distill", "--config", str(as_file(config, tmp_path / "run.yaml"))]) == 0
+    assert all(np.isfinite(line["loss"]) and not line["skipped"] for line in log(tmp_path / "run"))
+    predicted = load(tmp_path / "run/transformer")(torch.randn(1, 1, 8, 8), torch.tensor([9]), torch.tensor([3])).sample
+    assert predicted.isfinite().all()
+
+
 # ------------------------------------------------------------------------------------------------ wrong inputs
 
 
@@ -249,3 +267,23 @@ def test_a_continued_run_must_be_the_same(base: Path, tmp_path: Path, capsys: py
     file = as_file(config, tmp_path / "run.yaml")
     assert main(["distill", "--config", str(file), "--trainable", "all"]) == 2
     assert "was started with trainable = 'interface', not 'all'" in capsys.readouterr().err
+
+
+def test_a_base_under_its_old_name(base: Path, tmp_path: Path) -> None:
+    """DiT and PixArt were published as Transformer2DModel."""
+    shutil.copytree(base, tmp_path / "base")
+    file = tmp_path / "base/transformer/config.json"
+    described = json.loads(file.read_text())
+    file.write_text(json.dumps(described | {"_class_name": "Transformer2DModel", "norm_type": "ada_norm_zero"}))
+    configs = [distillation(place, tmp_path / "run") for place in (base, tmp_path / "base")]
+    assert estimate_memory(configs[0]) == estimate_memory(configs[1])
+    models: list[Any] = [trainer_of(config).averaged() for config in configs]
+    weights = [model.transformer.state_dict() for model in models]
+    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
+
+
+def test_a_base_whose_data_cannot_be_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    next(family for family in FAMILIES if family.name == "FLUX").make().save_pretrained(tmp_path / "flux")
+    given = ["--data", "digits8", "--out", str(tmp_path / "run")]
+    assert main(["distill", "--base", str(tmp_path / "flux"), *given]) == 2
+    assert "encodes neither latents nor captions for a FluxTransformer2DModel" in capsys.readouterr().err

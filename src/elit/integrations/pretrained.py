@@ -1,5 +1,6 @@
 """Pretrained transformers of diffusers on disk or on the Hub, as distillation begins with them."""
 
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from elit.integrations.families import FAMILIES, refusal
 from elit.models.files import LOCAL
 
 SCALING_FACTOR = 0.18215  # of an AutoencoderKL that was saved without one
+OLD_CLASS = "Transformer2DModel"  # as which DiT and PixArt were published
+NEW_CLASSES = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 
 
 class Pretrained(NamedTuple):
@@ -23,7 +26,7 @@ class Pretrained(NamedTuple):
         source: its folder or Hub id.
         subfolder: where it lies there: ``transformer`` of a pipeline, or None.
         family: the class of its elastic version.
-        config: its configuration.
+        config: its configuration, with the defaults of its class.
         scheduler: configuration of the scheduler of its pipeline, or None.
         autoencoder: configuration of the autoencoder of its pipeline, or None.
     """
@@ -49,8 +52,7 @@ class Pretrained(NamedTuple):
             ElitError: its weights are missing or damaged.
         """
         try:
-            # only safetensors: nothing that is read is executed
-            options = {"subfolder": self.subfolder, "use_safetensors": True, "torch_dtype": torch.float32}
+            options = {"subfolder": self.subfolder, "torch_dtype": torch.float32}
             return self.family.base.from_pretrained(self.source, **options).eval()
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -98,14 +100,19 @@ def find_pretrained(source: str) -> Pretrained:
             subfolder, config = None, _config(source, None)
     if config is None:
         raise ElitError(
-            f"there is no base at {source}: give the folder of a pipeline or transformer of diffusers, or a Hub id"
+            f"there is no base at {source}: give the folder of a pipeline or transformer of diffusers, or a Hub id "
+            "that can be reached"
         )
     name = str(config.get("_class_name"))
+    if name == OLD_CLASS:
+        name = NEW_CLASSES.get(str(config.get("norm_type")), name)
     family = next((elastic for base, elastic in FAMILIES.items() if base.__name__ == name), None)
     if name in {each.__name__ for each in FAMILIES.values()}:
         raise ElitError(f"{source} holds a {name}, which is elastic already; give what it was made of")
     if family is None:
         raise ElitError(f"{source}: {refusal(name)}")
+    parameters = signature(family.base.__init__).parameters.values()
+    config = {each.name: each.default for each in parameters if each.default is not each.empty} | config
     scheduler, autoencoder = (_config(source, part) if subfolder else None for part in ("scheduler", "vae"))
     return Pretrained(source, subfolder, family, config, scheduler, autoencoder)
 

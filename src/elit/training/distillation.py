@@ -182,7 +182,7 @@ class Memory(NamedTuple):
         weights: of the student, frozen ones included.
         gradients: of what is trained.
         optimizer: its two moments.
-        average: of what is trained; frozen weights are shared.
+        average: of what is trained. Frozen weights are shared with the student, but where both lie in shards.
         teacher: the base, where the student does not hold its weights as they were.
     """
 
@@ -217,8 +217,16 @@ def estimate_memory(config: DistillConfig) -> dict[str, Memory]:
         "interface+core-lora": (interface + adapters, interface + adapters, 0),
         "all": (of_base + interface, interface, of_base if config.distillation else 0),
     }
+    sharded = config.parallel == "fsdp"
     return {
-        name: Memory(trained, 4 * (of_base + added), 4 * trained, 8 * trained, 4 * trained, 4 * teacher)
+        name: Memory(
+            trained=trained,
+            weights=4 * (of_base + added),
+            gradients=4 * trained,
+            optimizer=8 * trained,
+            average=4 * (of_base + added if sharded else trained),
+            teacher=4 * teacher,
+        )
         for name, (trained, added, teacher) in sets.items()
     }
 
@@ -271,8 +279,8 @@ def check_data(base: "Pretrained", data: Data, name: str) -> Tensor | None:
     kind, config = base.family.base.__name__, base.config
     if base.family.condition is None:
         raise ElitError(
-            f"a {kind} cannot be distilled by this command, for captions alone do not make its inputs; write the loop "
-            "of docs/retrofit.md"
+            f"elit prepare encodes neither latents nor captions for a {kind}, the base {base.source}; distil it in a "
+            "loop of your own, see docs/retrofit.md"
         )
     shape, channels = tuple(data.shape), config["in_channels"]
     if len(shape) != 3 or shape[0] != channels:
@@ -289,6 +297,9 @@ def check_data(base: "Pretrained", data: Data, name: str) -> Tensor | None:
     if kind == "DiTTransformer2DModel" and shape[1:] != (config["sample_size"],) * 2:
         side = config["sample_size"]
         raise ElitError(f"{name} has samples of {shape[1]}x{shape[2]}; the base {base.source} makes {side}x{side}")
+    patch = config["patch_size"]
+    if any(side % patch for side in shape[1:]):
+        raise ElitError(f"{name} has samples of {shape[1]}x{shape[2]}, which patches of {patch} do not tile")
     if base.family.condition != "classes":
         return _check_captions(base, data, name)
     _check_classes(base, data, name)
