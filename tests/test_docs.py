@@ -63,8 +63,8 @@ def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         save_published(elit.load(PUBLISHED / f"{name}.pt", **fields), file)
     run = Path("runs/quickstart/run/checkpoints/step-00000001")
-    size: dict[str, Any] = {"resolution": 16, "downsample": 1, "in_channels": 1, "num_classes": 10}
-    randomize(elit.create("ELIT-SiT-S/1", **size, width=32, depth=4, head_depth=1, tail_depth=1)).save_pretrained(run)
+    size: dict[str, Any] = {"resolution": 32, "downsample": 1, "in_channels": 1, "num_classes": 10}
+    randomize(elit.create("ELIT-SiT-S/2", **size, width=32, depth=4, head_depth=1, tail_depth=1)).save_pretrained(run)
     save_autoencoder(Path("stabilityai/sd-vae-ft-ema"))
     save_text_encoder(Path("google/flan-t5-base"))
 
