@@ -45,7 +45,7 @@ def run(
         compile: whether layers are compiled.
         out: where trainings, figures and numbers are kept.
     """
-    fields = {"width": width, "depth": depth, "num_heads": max(1, width // 64), "positions": "sincos"}
+    fields = {"width": width, "depth": depth, "num_heads": max(1, width // 64), "positions": "rotary"}
     optimizer = OptimizerConfig(lr=3e-4, betas=(0.9, 0.99), warmup_steps=100, decay="linear", decay_from=0.5)
     recipe = replace(RECIPE, optimizer=optimizer, ema_decay=0.999, compile=compile, log_every=50)
     recipe = replace(recipe, precision=precision)  # type: ignore[arg-type]

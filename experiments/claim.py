@@ -27,7 +27,7 @@ from elit.evaluation import Judge, train_classifier
 from elit.seeding import generator, integers, uniform
 from elit.training import ElasticConfig
 
-FIELDS = {"width": 64, "depth": 8, "num_heads": 4, "label_std": 1.0, "positions": "sincos"}
+FIELDS = {"width": 64, "depth": 8, "num_heads": 4, "label_std": 1.0, "positions": "rotary"}
 TRAIN, HELD_OUT = 8000, 1024
 
 

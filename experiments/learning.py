@@ -6,9 +6,8 @@
 Every training sees scenes, with the quickstart's recipe and half its batch. Pieces of the whole can run one by one.
 
 Names: where latents begin (`learned` vectors, or `anchored` to tokens), then how many levels share a step: 1 is one
-drawn at random, 2 adds full budget, 3 the lowest too; `full` trains full budget alone. Positions are the quickstart's,
-a sine-cosine table; the core of an ELIT has rotary ones in addition, so `rotary` gives them to all blocks, without the
-table.
+drawn at random, 2 adds full budget, 3 the lowest too; `full` trains full budget alone. Positions are rotary in all
+blocks; with `sincos` tokens have a table added instead, and only the core of an ELIT has rotary ones.
 """
 
 from dataclasses import replace
@@ -31,7 +30,7 @@ from elit.models import Transformer
 from elit.seeding import generator, normal
 from elit.training import ElasticConfig, Trainer, ValidationConfig
 
-FIELDS = {"width": 64, "depth": 6, "num_heads": 4, "label_std": 1.0, "positions": "sincos"}
+FIELDS = {"width": 64, "depth": 6, "num_heads": 4, "label_std": 1.0, "positions": "rotary"}
 PROBED = (0, 10, 30, 100, 300)  # steps
 
 
@@ -45,8 +44,8 @@ def elastic(begin: str, levels: int, shown: bool = False, **fields: Any) -> Vari
 
 VARIANTS: dict[str, Variant] = {
     "plain": Variant(elit=None, shown=True),
-    "plain, rotary": Variant({"positions": "rotary"}, elit=None, shown=True),
     "plain, 8 blocks": Variant({"depth": 8}, elit=None),
+    "plain, sincos": Variant({"positions": "sincos"}, elit=None),
     "learned/full": elastic("learned", 0),
     "learned/1": elastic("learned", 1, shown=True),
     "learned/2": elastic("learned", 2, shown=True),
@@ -55,7 +54,10 @@ VARIANTS: dict[str, Variant] = {
     "anchored/1": elastic("anchored", 1, shown=True),
     "anchored/2": elastic("anchored", 2, shown=True),
     "anchored/3": elastic("anchored", 3, shown=True),
-    "anchored/2, rotary": elastic("anchored", 2, positions="rotary"),
+    "learned/1, sincos": elastic("learned", 1, positions="sincos"),
+    "learned/2, sincos": elastic("learned", 2, positions="sincos"),
+    "anchored/2, sincos": elastic("anchored", 2, positions="sincos"),
+    "anchored/full, sincos": elastic("anchored", 0, positions="sincos"),
     "anchored/2, windows of 2x2": elastic("anchored", 2, group_size=2),
     "anchored/2, windows of 8x8": elastic("anchored", 2, group_size=8),
     "anchored/2, head and tail of 2": elastic("anchored", 2, head_depth=2, tail_depth=2),
