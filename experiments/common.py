@@ -28,10 +28,11 @@ from photographs import photographs
 DIGITS = replace(
     RECIPE,
     data="digits",
-    model=ModelChoice("ELIT-DiT-S/2", {**RECIPE.model.fields, "variant": "paper"}),
+    model=ModelChoice("ELIT-DiT-S/2", {**RECIPE.model.fields, "variant": "paper", "positions": "sincos"}),
     elit=ElasticConfig(group_size=4, min_mask_prob=0.0, max_mask_prob=0.9375),
 )
-"""``configs/train/digits.yaml``: the quickstart's recipe, but with learned latents and one budget a step."""
+"""``configs/train/digits.yaml``: the quickstart's recipe, but with learned latents, one budget a step and a table of
+positions."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,6 @@ RECIPE = TrainConfig(
             "head_depth": 1,
             "tail_depth": 1,
             "label_std": 1.0,
-            "positions": "sincos",
             "variant": "anchored",
         },
     ),
