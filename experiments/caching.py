@@ -1,9 +1,9 @@
 """Does skipping the core at some steps beat fewer steps, or fewer latents, at the same cost?
 
-    elit quickstart
+    elit train --config configs/train/digits.yaml --out runs/digits
     python experiments/caching.py
 
-On the quickstart's model, with and without guidance. All samples of a seed start from the same noise. The distance is
+On a small model of digits, with and without guidance. All samples of a seed start from the same noise. The distance is
 that to many steps at full budget; FLOPs do not depend on how busy the machine is, and milliseconds are the median of
 several rounds in which the settings take turns.
 """
@@ -74,7 +74,7 @@ def measure(model: Any, judge: Judge, settings: list[dict[str, Any]], seed: int,
 
 
 def run(
-    model: str = "runs/quickstart/run",
+    model: str = "runs/digits",
     out: Path = Path("runs/experiments/caching.json"),
     steps: int = 16,
     seeds: int = 3,
