@@ -212,7 +212,7 @@ def plot_curves(curves: Mapping[str, Sequence[Curve]], variants: Mapping[str, Va
     right.set_xlabel("budget (dashed: no budgets)")
     right.set_ylabel("held-out loss at the end")
     figure.legend(loc="lower center", ncols=4, frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
     save(figure, path)
 
 
