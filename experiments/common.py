@@ -28,6 +28,7 @@ from photographs import photographs
 DIGITS = replace(
     RECIPE,
     data="digits",
+    batch_size=64,
     model=ModelChoice("ELIT-DiT-S/2", {**RECIPE.model.fields, "variant": "paper", "positions": "sincos"}),
     elit=ElasticConfig(group_size=4, min_mask_prob=0.0, max_mask_prob=0.9375),
 )

@@ -39,7 +39,7 @@ GUIDANCE: dict[str, Guidance | None] = {
     "ccfg": Guidance("ccfg", scale=2.0, budget=1 / 16),
 }
 SAMPLING_STEPS = 16
-NUM_SAMPLES = 1000  # per budget and guidance
+NUM_SAMPLES = 500  # per budget and guidance
 LATENCY_BATCH = 64
 ATTENTION_IMAGES = 90
 ATTENTION_DRAWS = 4  # noises per image, averaged
@@ -73,7 +73,7 @@ RECIPE = TrainConfig(
         decay_from=0.5,
     ),
     steps=1200,
-    batch_size=64,
+    batch_size=48,
     ema_decay=0.99,
     precision="fp32",
     log_every=20,
@@ -147,7 +147,7 @@ def quickstart(out: Path = Path("runs/quickstart"), minutes: float | None = None
 
     Args:
         out: folder for the run, results.json, pictures and report.html.
-        minutes: about how long to train; by default 1200 steps, some three minutes on two cores.
+        minutes: about how long to train; by default 1200 steps, three to five minutes on two cores.
         seed: seed of everything random.
 
     Raises:
