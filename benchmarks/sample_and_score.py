@@ -1,6 +1,6 @@
 """Time and peak memory of sampling into a folder and scoring it, one process and one thread of PyTorch.
 
-    python benchmarks/sample_and_score.py --model runs/quickstart/run --counts 1000 10000
+    python benchmarks/sample_and_score.py --model runs/digits --counts 1000 10000
     git worktree add ../before 8d1947a
     python benchmarks/sample_and_score.py --pixels 128 --counts 512 --other ../before
 

@@ -1,6 +1,6 @@
 """How well does the engine keep a latency objective as the load rises, and at which quality? Beside other policies.
 
-    python benchmarks/serving.py --model runs/quickstart/run                 # everything, in half an hour
+    python benchmarks/serving.py --model runs/digits                 # everything, in half an hour
     python benchmarks/serving.py --model ELIT-SiT-S/2 --steps 4 --seconds 40 --loads 0.5,1,2,3 --patterns poisson
 
 An open-loop generator submits requests at random times that the seed fixes, whatever the engine does. Load 1 is what
@@ -500,7 +500,7 @@ def load_model(name: str) -> tuple[Model, bool]:
 
 
 def benchmark(
-    model: str = "runs/quickstart/run",
+    model: str = "runs/digits",
     parts: str = "measure,overload,report",
     policies: str = ",".join(POLICIES),
     patterns: str = "poisson,bursts",

@@ -7,6 +7,7 @@ A training has 1.4 x 10^16 FLOPs, and there are fourteen: at 200 TFLOP/s some 16
 less than 40. The tables and figures of a part are made when its last training is complete.
 """
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from jsonargparse import auto_cli
 
 import claim
 import learning
-from curves import OutOfTimeError, Scale, plot_curves, print_curves, train_all
+from curves import OutOfTimeError, Scale, as_json, plot_curves, print_curves, train_all
+from elit.analysis.environment import environment
+from elit.atomic import write_json
 from elit.commands.quickstart import RECIPE
 from elit.training import OptimizerConfig
 
@@ -55,14 +58,16 @@ def run(
         claim.mosaics(4), claim.mosaics(4, True), fields, 4, 2 * steps // 5, batch_size // 2, out / "128px", recipe
     )
     parts = ((small, learning.VARIANTS, LEARNING), (large, claim.VARIANTS, CLAIM))
+    until = None if minutes is None else time.monotonic() + 60 * minutes
     try:
         for scale, variants, names in parts:
             own = {
                 name: v if v.elit is None else replace(v, fields={**v.fields, **split}) for name, v in variants.items()
             }
-            curves = train_all(scale, own, names, SEEDS, minutes)
+            curves = train_all(scale, own, names, SEEDS, until)
             print_curves(curves, f"{scale.train.shape[-1]} pixels, held-out loss at the end")
             plot_curves(curves, own, scale.out / "curves.png")
+            write_json(scale.out / "curves.json", {"curves": as_json(curves), "environment": environment()})
     except OutOfTimeError:
         print("the minutes are over; the same command goes on")
 

@@ -1,7 +1,7 @@
 """Is an ELIT better than a plain transformer of the same size at equal training FLOPs? Loss and samples over FLOPs.
 
-    python experiments/claim.py                                    # docs/results/claim.md
-    python experiments/claim.py --names '[plain, anchored/2]' --seeds 1
+    python experiments/claim.py
+    python experiments/claim.py --steps 320 --samples 0 --names '[plain, "learned, to 1/4"]'     # docs/results/claim.md
 
 The data are mosaics: 2x2 scenes of one class, each empty in half of all cases, 64x64 pixels in 256 tokens. So there is
 much redundancy: large empty regions beside dense ones. Quality is the Frechet distance of samples in the features of a

@@ -29,7 +29,10 @@ DIGITS = replace(
     RECIPE,
     data="digits",
     batch_size=64,
-    model=ModelChoice("ELIT-DiT-S/2", {**RECIPE.model.fields, "variant": "paper", "positions": "sincos"}),
+    model=ModelChoice(
+        "ELIT-DiT-S/2",
+        {name: value for name, value in RECIPE.model.fields.items() if name != "variant"} | {"positions": "sincos"},
+    ),
     elit=ElasticConfig(group_size=4, min_mask_prob=0.0, max_mask_prob=0.9375),
 )
 """``configs/train/digits.yaml``: the quickstart's recipe, but with learned latents, one budget a step and a table of

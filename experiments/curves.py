@@ -158,14 +158,16 @@ def train(scale: Scale, config: TrainConfig, until: float | None = None) -> Curv
 
 
 def train_all(
-    scale: Scale, variants: Mapping[str, Variant], names: Sequence[str], seeds: int, minutes: float | None = None
+    scale: Scale, variants: Mapping[str, Variant], names: Sequence[str], seeds: int, until: float | None = None
 ) -> dict[str, list[Curve]]:
-    """Trains every variant with the seeds 0, 1, ..., all of one seed before the next.
+    """Trains every variant with the seeds 0, 1, ..., all of one seed before the next, until a time of the clock.
 
     Raises:
         OutOfTimeError: see :func:`train`.
     """
-    until = None if minutes is None else time.monotonic() + 60 * minutes
+    unknown = [name for name in names if name not in variants]
+    if unknown:
+        raise SystemExit(f"no variant is named {unknown[0]!r}; there are {', '.join(variants)}")
     curves: dict[str, list[Curve]] = {name: [] for name in names}
     for seed in range(seeds):
         for name in curves:
@@ -193,7 +195,8 @@ def print_curves(curves: Mapping[str, Sequence[Curve]], title: str) -> None:
 def plot_curves(curves: Mapping[str, Sequence[Curve]], variants: Mapping[str, Variant], path: Path) -> None:
     """Draws the loss at the highest budget over training FLOPs, and the loss at the end over the budget."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2))
-    for name, (colour, marker) in zip([name for name in curves if variants[name].shown], STYLES, strict=False):
+    drawn = [name for name in curves if variants[name].shown] or list(curves)
+    for name, (colour, marker) in zip(drawn, STYLES, strict=False):
         of_seeds = curves[name]
         highest = list(of_seeds[0].losses)[-1]
         means = [mean(losses) for losses in zip(*(curve.losses[highest] for curve in of_seeds), strict=True)]

@@ -1,4 +1,4 @@
-"""Why does the interface learn slowly in small, and what helps? One change at a time, at equal training FLOPs.
+"""Why does the interface learn slowly in small, and what helps? Variants beside each other, at equal training FLOPs.
 
     python experiments/learning.py                                  # docs/results/learning.md
     python experiments/learning.py --names '[plain, learned/2]' --seeds 1

@@ -19,7 +19,7 @@ def test_maps_of_latents_against_a_loop() -> None:
     hook = read.register_forward_hook(lambda module, inputs, output: seen.update(inputs=inputs))
     model(0.7 * x + 0.3 * noise, torch.full((2,), 0.3), y, budget=0.75)
     hook.remove()
-    latents, windows, c, rope = seen["inputs"]
+    latents, windows, c, rope, _ = seen["inputs"]
     shift, scale = read.modulation(c, 4)[:2]
     context = read.context_norm(windows) * (1 + scale) + shift
     side, heads = 2, model.config.num_heads

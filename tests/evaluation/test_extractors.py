@@ -179,7 +179,7 @@ def test_weights_that_are_missing_or_wrong(tmp_path: Path, monkeypatch: pytest.M
         inception(tmp_path / "other.pth")
     with pytest.raises(ElitError, match="there are no weights of DINOv2 at"):
         dinov2(tmp_path)
-    with pytest.raises(ElitError, match=r"there are inception, dinov2, digits, digits8"):
+    with pytest.raises(ElitError, match=r"there are inception, dinov2, scenes, digits, digits8"):
         open_extractor("clip")
 
 

@@ -261,6 +261,14 @@ def test_wrong_inputs_end_in_one_sentence(
     assert not out.exists()
 
 
+def test_a_base_is_not_replaced_by_its_result(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(base.rglob("*"))
+    for out in (base, base / ".." / base.name):
+        assert main(["distill", "--base", str(base), "--data", "digits8", "--out", str(out)]) == 2
+        assert "which holds the base; give another folder" in capsys.readouterr().err
+    assert sorted(base.rglob("*")) == before
+
+
 def test_a_continued_run_must_be_the_same(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = distillation(base, tmp_path / "run", steps=1)
     trainer_of(config).run_to_end()

@@ -101,6 +101,15 @@ def test_every_backbone_samples_at_its_budgets_and_loads_again(backbone: str, tm
         torch.testing.assert_close(elit.sample(loaded, [1, 2], **settings), images, rtol=0, atol=0)
 
 
+def test_a_model_built_without_gradients_leaves_later_ones_alone() -> None:
+    """What windows have in common is remembered, and must serve training whoever asked for it first."""
+    spread_order.cache_clear()
+    with torch.inference_mode():
+        pair()
+    anchored, _ = pair()
+    anchored(*given(), budget=0.5).square().mean().backward()
+
+
 def test_a_visible_tail_is_refused() -> None:
     with pytest.raises(ElitError, match="tail_visible is for latents that are no tokens"):
         InterfaceConfig(variant="anchored", tail_visible=True)

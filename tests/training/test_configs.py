@@ -17,7 +17,7 @@ from tests.analysis.closed_form import closed_form
 
 FOLDER = Path(__file__).parents[2] / "configs/train"
 FILES = sorted(FOLDER.glob("*.yaml"))
-PUBLISHED = [path for path in FILES if not any(kind in path.stem for kind in ("digits", "kinetics", "mmdit"))]
+PUBLISHED = [path for path in FILES if not any(kind in path.stem for kind in ("digits", "scenes", "kinetics", "mmdit"))]
 
 
 def load(path: Path) -> TrainConfig:

@@ -98,6 +98,12 @@ def test_reading_ahead_changes_no_bit(tmp_path: Path, changes: dict[str, Any]) -
     assert contents(tmp_path / "ahead", 12) == contents(tmp_path / "in-time", 12)
 
 
+def test_more_levels_in_a_step_than_samples_are_refused(tmp_path: Path) -> None:
+    several = ElasticConfig(group_size=4, levels_per_step=5)
+    with pytest.raises(ElitError, match=r"elit.levels_per_step is 5, and a process has 4 samples"):
+        Trainer(config(tmp_path / "run", elit=several, batch_size=4))
+
+
 def test_batches_of_scaled_size_are_planned_ahead(tmp_path: Path) -> None:
     """The samples of a step follow those of the steps before, however many these had."""
     elastic = ElasticConfig(group_size=4, batching="scaled")

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from elit.atomic import atomic_folder
 from elit.commands.train import describe, run
+from elit.errors import ElitError
 from elit.launch import rank_and_world_size
 from elit.training import Trainer
 from elit.training.distillation import DistillConfig, Memory, build_distillation, estimate_memory
@@ -23,6 +24,8 @@ def distill(config: DistillConfig) -> Trainer:
         ElitError: see :class:`Trainer` and :func:`~elit.training.distillation.build_distillation`.
     """
     rank, processes = rank_and_world_size()
+    if Path(config.base).resolve() in (Path(config.out).resolve(), (Path(config.out) / RESULT).resolve()):
+        raise ElitError(f"out is {config.out}, which holds the base; give another folder, for it would be replaced")
     console = Console(soft_wrap=True, highlight=False, quiet=rank != 0)
     shards = processes if config.parallel == "fsdp" else 1
     console.print(memory_table(estimate_memory(config), config.trainable, shards))
@@ -67,8 +70,9 @@ def write_result(trainer: Trainer) -> Path:
     folder = trainer.run / RESULT
     averaged = trainer.averaged()
     if trainer.is_main:
-        shutil.rmtree(folder, ignore_errors=True)
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(trainer.run / f"{RESULT}.new") as temporary:
             trainer.task.save(averaged, temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        (trainer.run / f"{RESULT}.new").rename(folder)
     trainer.accelerator.wait_for_everyone()
     return folder

@@ -24,7 +24,7 @@ TRAIN, HELD_OUT = 12_000, 2_000
 def scenes(held_out: bool = False) -> ImageData:
     """Makes scenes of one to four digits: 12,000 to train on or 2,000 held out, (1, 32, 32), pixels in [-1, 1].
 
-    The digits of a scene are different images of one class, which is the label; each is enlarged to 12x12 pixels.
+    The digits of a scene are drawn from the images of one class, which is the label; each is enlarged to 12x12 pixels.
     Held-out scenes have held-out digits.
     """
     count, rng = HELD_OUT if held_out else TRAIN, generator("scenes", int(held_out))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elit.data import Data
+from elit.data import EMBEDDED, Data
 from elit.data.pixels import to_uint8
 from elit.errors import ElitError
 from elit.evaluation.classifier import Classifier, classify
@@ -101,6 +101,13 @@ class FrechetJudge:
         images = samples if self.decode is None else self.decode(samples)
         if images.dim() != 4 or images.shape[1] not in (1, 3):
             raise ElitError(f"samples of shape {tuple(images.shape[1:])} are no images, so they cannot be judged")
+        if self.extractor.name in EMBEDDED and self.reference.images is not None:
+            known, size = self.reference.images.read(0, 1).shape[1:3], images.shape[2:]
+            if known != size:  # its classifier knows no other
+                raise ElitError(
+                    f"samples have {size[0]}x{size[1]} pixels, and images of {self.reference.source} "
+                    f"{known[0]}x{known[1]}; give a reference of the size of the samples"
+                )
         pixels = to_uint8(images)
         found = self.extractor(pixels.expand(*pixels.shape[:-1], 3))[self.feature]
         if found.shape[1] != len(self.wanted.mean):

@@ -27,7 +27,7 @@ class Anchors(Table):
 
     @staticmethod
     def compute(*arguments: Any) -> dict[str, Tensor]:
-        return {"order": spread_order(*arguments)}
+        return {"order": spread_order(*arguments).clone()}
 
     def forward(self, level: int) -> Tensor:
         """Returns the tokens of the first latents: (J~,)."""
@@ -35,6 +35,7 @@ class Anchors(Table):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is remembered may be needed for training next
 def spread_order(window: Triple) -> Tensor:
     """Orders the tokens of a window so that the first ones of all windows together lie evenly in the grid: (J,).
 

@@ -273,7 +273,7 @@ class LatentInterface(nn.Module):
         return windows
 
     def window_rope(self) -> Rotary | None:
-        """Returns rotary positions (J, d / 2) of the tokens of a window, relative to it; latents are at the origin.
+        """Returns rotary positions (J, d / 2) of the tokens of a window, relative to it.
 
         With them Read can tell the tokens of a window apart, and Write can put detail where it belongs. The published
         variant has learned positions instead: None.

@@ -89,6 +89,11 @@ class BatchLoader:
         self.config, self.model, self.levels, self.flow = config, model, levels, flow
         self.data, self.features, self.device = data, features, device
         self.process, self.processes = process, processes
+        wanted, smallest = config.elit.levels_per_step, config.batch_size // processes
+        if smallest < wanted:
+            raise ElitError(
+                f"elit.levels_per_step is {wanted}, and a process has {smallest} samples of a step; raise batch_size"
+            )
         self.batch_sizes = dict.fromkeys(levels.levels or (0,), config.batch_size)  # by level, over all processes
         if config.elit.batching == "scaled":
             self.batch_sizes = {
