@@ -201,3 +201,18 @@ def test_the_temporary_file_keeps_the_suffix(tmp_path: Path) -> None:
     """Writers such as image libraries choose the format by it."""
     with atomic_file(tmp_path / "image.png") as place:
         assert place.suffix == ".png"
+
+
+def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    with atomic_folder(target, replace=True) as place:  # there is none yet
+        (place / "old").write_text("old")
+    with pytest.raises(RuntimeError), atomic_folder(target, replace=True) as place:
+        (place / "new").write_text("half")
+        raise RuntimeError
+    assert [path.name for path in target.iterdir()] == ["old"]
+    with atomic_folder(target, replace=True) as place:
+        (place / "new").write_text("new")
+        assert [path.name for path in target.iterdir()] == ["old"]
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

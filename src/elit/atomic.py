@@ -61,8 +61,11 @@ def write_json(
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     """Gives a temporary folder beside the wanted one, and renames it when the block ends well.
+
+    Args:
+        replace: put it in the place of a folder that exists already, which stays until the new one is whole.
 
     Raises:
         ElitError: the wanted folder exists, cannot be written, or the disk is full; nothing is left behind. Any other
@@ -70,7 +73,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    _refuse_existing(path)
+    replaced = temporary.with_name(f"{temporary.name}.replaced")
+    if not replace:
+        _refuse_existing(path)
     with _told_as_of(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
@@ -80,9 +85,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         with _told_as_of(path):
             for file in temporary.rglob("*"):
                 _sync(file)
+            if replace and path.exists():
+                path.rename(replaced)
             _refuse_existing(path)  # it may have come meanwhile
             temporary.rename(path)
             _sync(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -1,6 +1,5 @@
 """`elit distill`: makes a pretrained transformer of diffusers elastic, and trains it on the trainer."""
 
-import shutil
 from pathlib import Path
 
 from rich.console import Console
@@ -70,9 +69,7 @@ def write_result(trainer: Trainer) -> Path:
     folder = trainer.run / RESULT
     averaged = trainer.averaged()
     if trainer.is_main:
-        with atomic_folder(trainer.run / f"{RESULT}.new") as temporary:
+        with atomic_folder(folder, replace=True) as temporary:
             trainer.task.save(averaged, temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        (trainer.run / f"{RESULT}.new").rename(folder)
     trainer.accelerator.wait_for_everyone()
     return folder
