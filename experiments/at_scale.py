@@ -15,9 +15,7 @@ from jsonargparse import auto_cli
 
 import claim
 import learning
-from curves import OutOfTimeError, Scale, as_json, plot_curves, print_curves, train_all
-from elit.analysis.environment import environment
-from elit.atomic import write_json
+from curves import OutOfTimeError, Scale, plot_curves, print_curves, train_all, write_curves
 from elit.commands.quickstart import RECIPE
 from elit.training import OptimizerConfig
 
@@ -67,7 +65,7 @@ def run(
             curves = train_all(scale, own, names, SEEDS, until)
             print_curves(curves, f"{scale.train.shape[-1]} pixels, held-out loss at the end")
             plot_curves(curves, own, scale.out / "curves.png")
-            write_json(scale.out / "curves.json", {"curves": as_json(curves), "environment": environment()})
+            write_curves(curves, scale.out / "curves.json")
     except OutOfTimeError:
         print("the minutes are over; the same command goes on")
 

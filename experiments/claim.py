@@ -19,9 +19,7 @@ from rich.table import Table
 
 import elit
 from common import interval, shown
-from curves import Curve, Scale, Variant, as_json, plot_curves, print_curves, train_all
-from elit.analysis.environment import environment
-from elit.atomic import write_json
+from curves import Curve, Scale, Variant, plot_curves, print_curves, train_all, write_curves
 from elit.data import ImageData, scenes
 from elit.evaluation import Judge, train_classifier
 from elit.seeding import generator, integers, uniform
@@ -98,7 +96,7 @@ def report(curves: Mapping[str, Sequence[Curve]], scale: Scale, samples: int, gu
             frechet, accuracy = ([row[key] for row in of_seeds] for key in ("Frechet distance", "accuracy"))
             table.add_row(name, shown(interval(frechet), 2), shown(interval(accuracy), 3))
         Console(width=120).print(table)
-    write_json(scale.out / "claim.json", {"curves": as_json(curves), "samples": scores, "environment": environment()})
+    write_curves(curves, scale.out / "claim.json", samples=scores)
 
 
 def run(

@@ -20,7 +20,9 @@ from rich.table import Table
 
 from common import above, interval, shown
 from elit.analysis import count_flops
+from elit.analysis.environment import environment
 from elit.analysis.plots import STYLE, STYLES, budget_label, save
+from elit.atomic import write_json
 from elit.commands.quickstart import BUDGETS, RECIPE
 from elit.data import Data
 from elit.models.registry import build_on_meta, config_for
@@ -219,5 +221,7 @@ def plot_curves(curves: Mapping[str, Sequence[Curve]], variants: Mapping[str, Va
     save(figure, path)
 
 
-def as_json(curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
-    return {name: [vars(curve) for curve in of_seeds] for name, of_seeds in curves.items()}
+def write_curves(curves: Mapping[str, Sequence[Curve]], path: Path, **results: Any) -> None:
+    """Writes the curves and further results as JSON, with how they were made."""
+    numbers = {name: [vars(curve) for curve in of_seeds] for name, of_seeds in curves.items()}
+    write_json(path, {"curves": numbers, **results, "environment": environment()})

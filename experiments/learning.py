@@ -20,12 +20,11 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
-from curves import Scale, Variant, as_json, config_of, plot_curves, print_curves, train_all
-from elit.analysis.environment import environment
-from elit.atomic import write_json
+from curves import Scale, Variant, config_of, plot_curves, print_curves, train_all, write_curves
 from elit.commands.quickstart import RECIPE
 from elit.data import scenes
 from elit.flow import flow_matching_loss, path_named
+from elit.flow.paths import interpolate
 from elit.models import Transformer
 from elit.seeding import generator, normal
 from elit.training import ElasticConfig, Trainer, ValidationConfig
@@ -73,10 +72,8 @@ def probe(model: Transformer, level: int) -> dict[str, float]:
     x, y = scenes(held_out=True).batch(torch.arange(64))
     rng, path = generator("probe"), path_named(RECIPE.path)
     t, noise = RECIPE.times.draw(len(x), path, rng), normal(rng, x.shape)
-    columns = t[:, None, None, None]
-    noisy = path.alpha(columns) * x + path.sigma(columns) * noise
     with torch.no_grad():
-        encoded = model.encode(noisy, t, y)
+        encoded = model.encode(interpolate(path, x, noise, t[:, None, None, None]), t, y)
         before = encoded.stream.tokens
         change = model.interface.write(before, model.core(encoded, level).latents) - before
     model.zero_grad()
@@ -137,7 +134,7 @@ def run(
         for row in rows:
             table.add_row(*(f"{value:.3g}" for value in row.values()))
         Console(width=160).print(table)
-    write_json(out / "learning.json", {"curves": as_json(curves), "probes": followed, "environment": environment()})
+    write_curves(curves, out / "learning.json", probes=followed)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from elit.data import open_data, scenes
-from elit.data.digits import digits8
-from elit.data.scenes import CANVAS, DIGIT, STEP, layouts
+from elit.data.digits import DIGIT, digits8
+from elit.data.scenes import CANVAS, STEP, layouts
 
 
 def test_scenes_are_what_they_say() -> None:

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elit.data.dataset import ImageData
-from elit.data.digits import NUM_CLASSES, digits8
+from elit.data.digits import DIGIT, NUM_CLASSES, digits8
 from elit.seeding import generator, integers, uniform
 
-CANVAS, DIGIT, STEP = 32, 12, 4  # pixels; digits stand at multiples of a step
+CANVAS, STEP = 32, 4  # pixels; digits stand at multiples of a step
 MOST = 4  # digits of a scene
 TRAIN, HELD_OUT = 12_000, 2_000
 

@@ -189,40 +189,30 @@ class ElasticPixArtTransformer2DModel(ElasticMixin, PixArtTransformer2DModel):
 # ------------------------------------------------------------------------------------------------ FLUX
 
 
-class ElasticFluxTransformerBlock(ElasticBlock, FluxTransformerBlock):
+class ElasticFluxBlock(ElasticBlock):
+    """A block of FLUX in an elastic model. Subclasses are also the block of diffusers whose forward it calls."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        call, arguments = taken(joint_attention_kwargs)
+        rotary = flux_positions(call, self, image_rotary_emb, encoder_hidden_states)
+        hidden_states = call.before(self, hidden_states, temb)
+        text, hidden_states = super().forward(hidden_states, encoder_hidden_states, temb, rotary, arguments)
+        return text, call.after(self, hidden_states)
+
+
+class ElasticFluxTransformerBlock(ElasticFluxBlock, FluxTransformerBlock):
     """A block of FLUX with two streams, in an elastic model."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        call, arguments = taken(joint_attention_kwargs)
-        rotary = flux_positions(call, self, image_rotary_emb, encoder_hidden_states)
-        hidden_states = call.before(self, hidden_states, temb)
-        text, hidden_states = super().forward(hidden_states, encoder_hidden_states, temb, rotary, arguments)
-        return text, call.after(self, hidden_states)
 
-
-class ElasticFluxSingleTransformerBlock(ElasticBlock, FluxSingleTransformerBlock):
+class ElasticFluxSingleTransformerBlock(ElasticFluxBlock, FluxSingleTransformerBlock):
     """A block of FLUX with one stream, in an elastic model."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        call, arguments = taken(joint_attention_kwargs)
-        rotary = flux_positions(call, self, image_rotary_emb, encoder_hidden_states)
-        hidden_states = call.before(self, hidden_states, temb)
-        text, hidden_states = super().forward(hidden_states, encoder_hidden_states, temb, rotary, arguments)
-        return text, call.after(self, hidden_states)
 
 
 def flux_positions(

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from elit.flow import PATHS, TimeDensity, TrainingFlow
-from elit.flow.matching import Velocity
+from elit.flow.matching import FlowMatching, Velocity
 from elit.flow.paths import interpolate, velocity
 from elit.integrations.distillation import squared_error
 from elit.seeding import integers
@@ -51,7 +51,7 @@ class PredictsNoise:
         return t / len(self.signal_levels)
 
 
-class PredictsVelocity:
+class PredictsVelocity(FlowMatching):
     """Defines the rectified flow of a transformer that predicts velocities (SD3, FLUX, Qwen-Image, Wan).
 
     Times lie in [0, 1], where 1 is noise.
@@ -62,19 +62,12 @@ class PredictsVelocity:
     """
 
     def __init__(self, shape: Sequence[int], times: TimeDensity) -> None:
-        self.noise_shapes = [tuple(shape)]
-        self.path, self.times = PATHS["linear"], times
-
-    def draw_times(self, count: int, rng: np.random.Generator) -> tuple[Tensor, int]:
-        return self.times.draw(count, self.path, rng), 1
+        super().__init__(shape, PATHS["linear"], times)
 
     def noised(self, x: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        at = t.view(-1, *(1,) * (x.dim() - 1))
+        at = self.spread(t)
         return interpolate(self.path, x, noise, at), velocity(self.path, x, noise, at)
 
     def loss(self, predict: Velocity, x: Tensor, t: Tensor, noise: Sequence[Tensor], active: int = 1) -> Tensor:
         x_t, target = self.noised(x, t, noise[0])
         return squared_error(predict(x_t, t), target)
-
-    def noise_level(self, t: Tensor) -> Tensor:
-        return t

@@ -42,7 +42,7 @@ def training_levels(config: ElasticConfig, model: Model) -> TrainingLevels:
         ElitError: names the key that does not fit the model or another key.
     """
     if model.interface is None:
-        given = [key for key, value in vars(config).items() if value not in (None, "constant", 1)]
+        given = [key for key, default in vars(ElasticConfig()).items() if getattr(config, key) != default]
         if given:
             raise ElitError(f"elit.{given[0]} is set, but the model has no latent interface; take its ELIT- name")
         return TrainingLevels(())
