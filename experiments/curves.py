@@ -15,8 +15,10 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from common import above, interval, shown
 from elit.analysis import count_flops
@@ -24,10 +26,16 @@ from elit.analysis.environment import environment
 from elit.analysis.plots import STYLE, STYLES, budget_label, save
 from elit.atomic import write_json
 from elit.commands.quickstart import BUDGETS, RECIPE
+from elit.conditions import Condition
 from elit.data import Data
+from elit.flow import TrainingFlow
+from elit.models import Model
 from elit.models.registry import build_on_meta, config_for
 from elit.training import ElasticConfig, ModelChoice, TrainConfig, Trainer, ValidationConfig
+from elit.training.batch import TrainingDraws
 from elit.training.budgets import training_levels
+from elit.training.build import Task, build_task
+from elit.training.objective import Objective
 
 POINTS = 8  # of a curve
 
@@ -40,12 +48,14 @@ class Variant:
         fields: of the model, beside those of the scale.
         elit: the levels of training; None is a plain transformer.
         optimizer: what differs from the scale's.
+        self_distillation: weight of the distance from the model's own answer at full budget; 0 is none.
         shown: whether figures have it.
     """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
     elit: ElasticConfig | None = field(default_factory=ElasticConfig)
     optimizer: Mapping[str, Any] = field(default_factory=dict)
+    self_distillation: float = 0.0
     shown: bool = False
 
 
@@ -100,6 +110,37 @@ class OutOfTimeError(Exception):
     """The minutes of this call are over; the next one goes on."""
 
 
+class SelfDistillation(Objective):
+    """Adds the distance of a lower budget's velocity from that at full budget, of the same weights, to the loss.
+
+    Args:
+        model: what is trained.
+        flow: of the model.
+        weight: of the distance.
+    """
+
+    def __init__(self, model: Model, flow: TrainingFlow, weight: float) -> None:
+        super().__init__(model, flow)
+        self.terms = {"loss": 1.0, "distance": weight}
+
+    def forward(
+        self, x: Tensor, y: Condition | None, draws: TrainingDraws, level: int, features: Tensor | None = None
+    ) -> Tensor:
+        """Returns the losses and the distances of samples, (2, B)."""
+        distances = [torch.zeros(len(x))]
+
+        def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+            predicted: Tensor = self.model(x_t, t, y=y, num_latents=level)
+            if level < self.model.num_latents:
+                with torch.no_grad():
+                    at_full = self.model(x_t, t, y=y, num_latents=self.model.num_latents)
+                distances.append((predicted - at_full).square().flatten(1).mean(1))
+            return predicted
+
+        loss = self.flow.loss(velocity, x, draws.t, draws.noise, draws.active)
+        return torch.stack((loss, distances[-1]))
+
+
 def config_of(scale: Scale, variants: Mapping[str, Variant], name: str, seed: int) -> TrainConfig:
     """Returns the training of a variant, which has the FLOPs of so many steps of the plain transformer."""
     variant = variants[name]
@@ -110,17 +151,23 @@ def config_of(scale: Scale, variants: Mapping[str, Variant], name: str, seed: in
         model=ModelChoice(model_name, {**scale.fields, **variant.fields}), elit=variant.elit or ElasticConfig(),
         optimizer=replace(scale.recipe.optimizer, **variant.optimizer), seed=seed,
     )  # fmt: skip
-    flops, levels = forward_flops(scale, config)
+    flops, levels = forward_flops(scale, config, variant)
     plain = Variant(elit=None)
-    of_plain = flops if variant.elit is None else forward_flops(scale, config_of(scale, {"": plain}, "", seed))[0]
+    of_plain = flops
+    if variant.elit is not None:
+        of_plain, _ = forward_flops(scale, config_of(scale, {"": plain}, "", seed), plain)
     every = max(1, round(scale.steps * of_plain / flops) // POINTS)
     budgets = [budget for budget in BUDGETS if levels and round(budget * levels[1]) in levels[0]]
     validation = ValidationConfig(every=every, budgets=budgets or None, samples=1024, images=0)
     return replace(config, steps=every * POINTS, validation=validation, checkpoint_every=every)
 
 
-def forward_flops(scale: Scale, config: TrainConfig) -> tuple[float, tuple[tuple[int, ...], int] | None]:
+def forward_flops(
+    scale: Scale, config: TrainConfig, variant: Variant
+) -> tuple[float, tuple[tuple[int, ...], int] | None]:
     """Counts the FLOPs of a forward of one training sample, on average over the levels that steps draw.
+
+    A forward with its backward counts as three forwards, so one at full budget that only teaches is a third of one.
 
     Returns:
         These, and the levels with J; None of a plain transformer.
@@ -132,12 +179,14 @@ def forward_flops(scale: Scale, config: TrainConfig) -> tuple[float, tuple[tuple
         return count_flops(model.config).total, None
     levels = training_levels(config.elit, model)
     drawn = [level for step in range(400) for level in levels.draw_for(12, 0, step, config.elit.levels_per_step)]
-    of_level = {level: count_flops(model.config, level).total for level in set(drawn)}
-    return mean(of_level[level] for level in drawn), (levels.levels, model.num_latents)
+    full = model.num_latents
+    of_level: dict[int, float] = {level: count_flops(model.config, level).total for level in {*drawn, full}}
+    teaching = of_level[full] / 3 if variant.self_distillation else 0.0
+    return mean(of_level[level] + teaching * (level < full) for level in drawn), (levels.levels, full)
 
 
-def train(scale: Scale, config: TrainConfig, until: float | None = None) -> Curve:
-    """Trains to the end, and reads the held-out losses from the log.
+def train(scale: Scale, variants: Mapping[str, Variant], name: str, seed: int, until: float | None = None) -> Curve:
+    """Trains a variant to the end, and reads the held-out losses from the log.
 
     Args:
         until: the time of the clock at which to stop.
@@ -145,7 +194,16 @@ def train(scale: Scale, config: TrainConfig, until: float | None = None) -> Curv
     Raises:
         OutOfTimeError: that time came first. What was trained is kept.
     """
-    trainer = Trainer(config, scale.train, scale.held_out)
+    variant, config = variants[name], config_of(scale, variants, name, seed)
+
+    def build(config: TrainConfig, data: Data) -> Task:
+        task = build_task(config, data)
+        if not variant.self_distillation:
+            return task
+        objective = SelfDistillation(task.model, task.flow, variant.self_distillation)
+        return replace(task, objective=lambda device: objective)
+
+    trainer = Trainer(config, scale.train, scale.held_out, build=build)
     for _ in trainer:
         if until is not None and time.monotonic() > until:
             trainer.request_stop()
@@ -153,7 +211,7 @@ def train(scale: Scale, config: TrainConfig, until: float | None = None) -> Curv
         raise OutOfTimeError
     lines = [json.loads(line) for line in (Path(config.out) / "log.jsonl").read_text().splitlines()]
     points = [line for line in lines if any(key.startswith("held_out_loss") for key in line)]
-    per_step = 3 * forward_flops(scale, config)[0] * config.batch_size
+    per_step = 3 * forward_flops(scale, config, variant)[0] * config.batch_size
     budgets = [key.partition("/")[2] for key in points[0] if key.startswith("held_out_loss")]
     losses = {budget: [point[f"held_out_loss/{budget}"] for point in points] for budget in budgets}
     return Curve(config.out, [per_step * point["step"] for point in points], losses)
@@ -173,7 +231,7 @@ def train_all(
     curves: dict[str, list[Curve]] = {name: [] for name in names}
     for seed in range(seeds):
         for name in curves:
-            curve = train(scale, config_of(scale, variants, name, seed), until)
+            curve = train(scale, variants, name, seed, until)
             curves[name].append(curve)
             print(f"seed {seed}: {name}, {curve.flops[-1]:.3g} FLOPs, loss {curve.best:.4f}", flush=True)
     return curves

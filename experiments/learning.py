@@ -6,8 +6,9 @@
 Every training sees scenes, with the quickstart's recipe and half its batch. Pieces of the whole can run one by one.
 
 Names: where latents begin (`learned` vectors, or `anchored` to tokens), then how many levels share a step: 1 is one
-drawn at random, 2 adds full budget, 3 the lowest too; `full` trains full budget alone. Positions are rotary in all
-blocks; with `sincos` tokens have a table added instead, and only the core of an ELIT has rotary ones.
+drawn at random, 2 adds full budget, 3 the lowest too; `full` trains full budget alone. `self-distilled` adds the
+distance from the model's own answer at full budget; `rates` are those of learning, of Muon and AdamW. Positions are
+rotary in all blocks; with `sincos` tokens have a table added instead, and only the core of an ELIT has rotary ones.
 """
 
 from dataclasses import replace
@@ -41,6 +42,8 @@ def elastic(begin: str, levels: int, shown: bool = False, **fields: Any) -> Vari
     return Variant({**split, "variant": variant, **fields}, elit, shown=shown)
 
 
+HALF, TWICE = ({"lr": k * RECIPE.optimizer.lr, "muon_lr": k * RECIPE.optimizer.muon_lr} for k in (0.5, 2.0))
+
 VARIANTS: dict[str, Variant] = {
     "plain": Variant(elit=None, shown=True),
     "plain, 8 blocks": Variant({"depth": 8}, elit=None),
@@ -60,6 +63,14 @@ VARIANTS: dict[str, Variant] = {
     "anchored/2, windows of 2x2": elastic("anchored", 2, group_size=2),
     "anchored/2, windows of 8x8": elastic("anchored", 2, group_size=8),
     "anchored/2, head and tail of 2": elastic("anchored", 2, head_depth=2, tail_depth=2),
+    "learned/2, self-distilled": replace(elastic("learned", 2), self_distillation=1.0),
+    "anchored/2, self-distilled": replace(elastic("anchored", 2), self_distillation=1.0),
+    "plain, half the rates": Variant(elit=None, optimizer=HALF),
+    "plain, twice the rates": Variant(elit=None, optimizer=TWICE),
+    "learned/1, half the rates": replace(elastic("learned", 1), optimizer=HALF),
+    "learned/1, twice the rates": replace(elastic("learned", 1), optimizer=TWICE),
+    "anchored/2, half the rates": replace(elastic("anchored", 2), optimizer=HALF),
+    "anchored/2, twice the rates": replace(elastic("anchored", 2), optimizer=TWICE),
     "learned/2, AdamW": replace(elastic("learned", 2), optimizer={"name": "adamw"}),
     "anchored/2, AdamW": replace(elastic("anchored", 2), optimizer={"name": "adamw"}),
     "plain, AdamW": Variant(elit=None, optimizer={"name": "adamw"}),

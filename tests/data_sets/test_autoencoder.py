@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from elit import ElitError
-from elit.data.autoencoder import commit_of, decode, load_autoencoder, posterior, scaling
+from elit.data.autoencoder import commit_of, decode, load_autoencoder, posterior, scaled, scaling, unscaled
 from elit.digest import weights_digest
 
 
@@ -45,9 +45,32 @@ def test_posterior_and_its_scaling(saved: Path) -> None:
     both, log_variance = autoencoder.quant_conv(autoencoder.encoder(images)).chunk(2, dim=1)
     torch.testing.assert_close(mean, both)
     torch.testing.assert_close(std, (log_variance / 2).exp())
-    assert scaling(autoencoder) == (0.5, 0.0)
+    assert scaling(autoencoder.config) == (0.5, 0.0)
     autoencoder.register_to_config(shift_factor=0.25)
-    assert scaling(autoencoder) == (0.5, 0.25)
+    assert scaling(autoencoder.config) == (0.5, 0.25)
+
+
+def test_an_autoencoder_of_channels_and_frames(tmp_path: Path) -> None:
+    """That of Qwen-Image: pictures are clips of one frame, and each channel has a scale and a shift of its own."""
+    from diffusers import AutoencoderKLQwenImage
+
+    torch.manual_seed(0)
+    shift, std = [0.1, -0.2, 0.3, 0.0], [1.0, 2.0, 0.5, 1.5]
+    sizes = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
+    AutoencoderKLQwenImage(**sizes, latents_mean=shift, latents_std=std).save_pretrained(tmp_path)
+    autoencoder = load_autoencoder(tmp_path, 4)
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    mean, deviation = posterior(images, autoencoder)
+    of_clips = autoencoder.encode(images[:, :, None]).latent_dist
+    assert torch.equal(mean, of_clips.mean[:, :, 0]) and torch.equal(deviation, of_clips.std[:, :, 0])
+    assert mean.shape == (3, 4, 8, 8)
+    seen = scaled(mean, scaling(autoencoder.config))
+    torch.testing.assert_close(seen[:, 1], (mean[:, 1] + 0.2) / 2)
+    torch.testing.assert_close(unscaled(seen, scaling(autoencoder.config)), mean)
+    expected = torch.cat([autoencoder.decode(each[None, :, None]).sample[:, :, 0] for each in mean])
+    torch.testing.assert_close(decode(seen, autoencoder, batch_size=2), expected)  # float32, other batch
+    with pytest.raises(ElitError, match="has 4 latent channels; the model has 16"):
+        load_autoencoder(tmp_path, 16)
 
 
 def test_an_autoencoder_is_known_by_its_weights(saved: Path, tmp_path: Path) -> None:

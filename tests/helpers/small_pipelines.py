@@ -90,24 +90,35 @@ def flux_pipeline(folder: Path) -> tuple[Any, dict[str, Any]]:
     return FluxPipeline(**text, **parts), {**PROMPT, **how}
 
 
+def qwen_vl() -> dict[str, Any]:
+    """A language model with eyes, and a tokenizer of bytes."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+    torch.manual_seed(0)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {token: i for i, token in enumerate([*sorted(ByteLevel.alphabet()), *special])}
+    shared = {"hidden_size": 16, "intermediate_size": 32}
+    text = shared | {
+        "vocab_size": 320, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "hidden_size": TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]},
+    }  # fmt: skip
+    eyes = shared | {"depth": 1, "num_heads": 2, "out_hidden_size": TEXT, "fullatt_block_indexes": [0]}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=eyes)
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[])
+    return {"text_encoder": Qwen2_5_VLForConditionalGeneration(config).eval(), "tokenizer": tokenizer}
+
+
 def qwen_pipeline(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Its text encoder is a language model with eyes; it is given what that would make of a prompt."""
     from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
     torch.manual_seed(0)
     vae = AutoencoderKLQwenImage(
         base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, False],
-        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 2.0, 0.5, 1.5],
     ).eval()  # fmt: skip
     parts = {"vae": vae, "transformer": base_of("Qwen-Image"), "scheduler": FlowMatchEulerDiscreteScheduler()}
-    pipe = QwenImagePipeline(**parts, text_encoder=None, tokenizer=None)
-    prompts = {
-        "prompt_embeds": torch.randn(2, 5, TEXT),
-        "prompt_embeds_mask": torch.ones(2, 5, dtype=torch.long),
-        "negative_prompt_embeds": torch.randn(2, 2, TEXT),
-        "negative_prompt_embeds_mask": torch.ones(2, 2, dtype=torch.long),
-    }
-    return pipe, {**prompts, "height": 64, "width": 96, "true_cfg_scale": 2.0}
+    return QwenImagePipeline(**parts, **qwen_vl()), {**PROMPT, "height": 64, "width": 96, "true_cfg_scale": 2.0}
 
 
 def wan_pipeline(folder: Path) -> tuple[Any, dict[str, Any]]:

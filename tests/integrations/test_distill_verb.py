@@ -23,7 +23,6 @@ from elit.training import ElasticConfig, HeldOutConfig, OptimizerConfig, Trainer
 from elit.training.distillation import DistillConfig, RetrofitConfig, build_distillation, estimate_memory
 from tests.helpers.runs import contents, kill, log, wait_for_line
 from tests.helpers.small_distillations import STEPS, as_file, command, distillation, save_base
-from tests.helpers.small_retrofits import FAMILIES
 
 diffusers = pytest.importorskip("diffusers")
 SETS = ("interface", "interface+core-lora", "all")
@@ -288,10 +287,3 @@ def test_a_base_under_its_old_name(base: Path, tmp_path: Path) -> None:
     models: list[Any] = [trainer_of(config).averaged() for config in configs]
     weights = [model.transformer.state_dict() for model in models]
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
-
-
-def test_a_base_whose_data_cannot_be_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    next(family for family in FAMILIES if family.name == "FLUX").make().save_pretrained(tmp_path / "flux")
-    given = ["--data", "digits8", "--out", str(tmp_path / "run")]
-    assert main(["distill", "--base", str(tmp_path / "flux"), *given]) == 2
-    assert "encodes neither latents nor captions for a FluxTransformer2DModel" in capsys.readouterr().err

@@ -593,6 +593,7 @@ def test_a_calibration_that_does_not_fit_is_refused(
     tiny(seed=1).save_pretrained(tmp_path / "other")
     assert "was measured with another model" in said(tmp_path / "other", calibrated)
     assert "was measured with another solver" in said(saved, calibrated, "--solver", "heun")
+    assert "with the guidance none, and" in said(saved, calibrated, "--min-steps", "4", "--guidance-scale", "2")
     (tmp_path / "broken.json").write_text("{}")
     assert "is no calibration" in said(saved, tmp_path / "broken.json")
     assert "no-such-file" in said(saved, tmp_path / "no-such-file")

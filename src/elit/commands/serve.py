@@ -131,7 +131,8 @@ class ServeOptions(GuidanceOptions, ModelOptions):
         """Reads the calibration, where there is one.
 
         Raises:
-            ElitError: it cannot be read, or is of another model, machine, solver or path.
+            ElitError: it cannot be read, or is of another model, machine, solver or path, or with ``min_steps`` of
+                another guidance than that of requests.
         """
         if self.calibration is None:
             return None
@@ -144,6 +145,13 @@ class ServeOptions(GuidanceOptions, ModelOptions):
                     f"{self.calibration} was measured with another {key} ({reprlib.repr(there.get(key))}; here it is "
                     f"{reprlib.repr(here)}); leave --calibration out, or make one here with elit plan"
                 )
+        own, asked = found.tables[0].guidance, self.make_guidance()
+        if self.min_steps is not None and own != asked:
+            raise ElitError(
+                f"{self.calibration} was measured with the guidance {own or 'none'}, and requests get "
+                f"{asked or 'none'}: what fewer steps harm depends on it; leave --calibration out, or make one here "
+                "with elit plan"
+            )
         return found
 
     def read_class_names(self, model: Model) -> list[str]:

@@ -1,16 +1,21 @@
 """Autoencoders of diffusers: images to latents and back."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from elit.errors import ElitError
 
+Scaling: TypeAlias = tuple[float, float] | tuple[list[float], list[float]]
+"""Scale and shift of latents: models see ``(latents - shift) * scale``. Lists have a number for each channel."""
+
 
 def load_autoencoder(source: str | Path, channels: int | None = None, revision: str | None = None) -> Any:
-    """Loads an autoencoder of diffusers (``AutoencoderKL``, or for video ``AutoencoderKLCogVideoX``).
+    """Loads an autoencoder of diffusers: ``AutoencoderKL``, ``AutoencoderKLQwenImage``, or for video
+    ``AutoencoderKLWan`` and ``AutoencoderKLCogVideoX``.
 
     Args:
         source: a local folder, a Hub id, or OWNER/NAME/FOLDER for one that is part of a pipeline, such as
@@ -33,7 +38,7 @@ def load_autoencoder(source: str | Path, channels: int | None = None, revision: 
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ElitError(f"there is no autoencoder at {source}; give a folder or a Hub id ({reason})") from error
-    found = autoencoder.config.get("latent_channels")
+    found = autoencoder.config.get("latent_channels", autoencoder.config.get("z_dim"))
     if found is None or channels not in (None, found):
         raise ElitError(f"{source} has {found} latent channels; the model has {channels}")
     return autoencoder.eval().requires_grad_(False)
@@ -49,17 +54,46 @@ def commit_of(source: str | Path, revision: str | None = None) -> str | None:
     return Path(file).parent.name if isinstance(file, str) else None  # the cache is snapshots/COMMIT/config.json
 
 
-def scaling(autoencoder: Any) -> tuple[float, float]:
-    """Returns scale and shift of an autoencoder: models see ``(latents - shift) * scale``."""
-    config = autoencoder.config
-    return config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
+def scaling(config: Mapping[str, Any]) -> Scaling:
+    """Returns scale and shift of the latents of an autoencoder, given its configuration."""
+    if by_channel(config):
+        return [1 / std for std in config["latents_std"]], list(config["latents_mean"])
+    return config["scaling_factor"], config.get("shift_factor") or 0.0
+
+
+def by_channel(config: Mapping[str, Any]) -> bool:
+    """Tells whether an autoencoder is of Qwen-Image or Wan: it scales each channel, and takes a picture as a clip of
+    one frame."""
+    return "z_dim" in config
+
+
+def scaled(latents: Tensor, scaling: Scaling) -> Tensor:
+    """Returns latents (B, C, ...) as models see them."""
+    scale, shift = (_like(value, latents) for value in scaling)
+    return (latents - shift) * scale
+
+
+def unscaled(latents: Tensor, scaling: Scaling) -> Tensor:
+    """Returns latents (B, C, ...) as the autoencoder sees them: undoes :func:`scaled`."""
+    scale, shift = (_like(value, latents) for value in scaling)
+    return latents / scale + shift
+
+
+def _like(value: float | list[float], latents: Tensor) -> float | Tensor:
+    """Returns numbers for channels in a shape that multiplies latents (B, C, ...); one for all as it is."""
+    if isinstance(value, list):
+        return torch.tensor(value, dtype=latents.dtype, device=latents.device).view(-1, *(1,) * (latents.dim() - 2))
+    return value
 
 
 @torch.inference_mode()
 def posterior(images: Tensor, autoencoder: Any) -> tuple[Tensor, Tensor]:
-    """Encodes images (B, 3, H, W) in [-1, 1] to mean and standard deviation (B, C, h, w) of latents, not scaled."""
-    latents = autoencoder.encode(images.to(autoencoder.device, autoencoder.dtype)).latent_dist
-    return latents.mean, latents.std
+    """Encodes images (B, 3, H, W) in [-1, 1] to mean and standard deviation (B, C, h, w) of latents, not scaled; clips
+    (B, 3, T, H, W) to those of video (B, C, t, h, w)."""
+    images = images.to(autoencoder.device, autoencoder.dtype)
+    as_clips = by_channel(autoencoder.config) and images.dim() == 4
+    latents = autoencoder.encode(images.unsqueeze(2) if as_clips else images).latent_dist
+    return (latents.mean.squeeze(2), latents.std.squeeze(2)) if as_clips else (latents.mean, latents.std)
 
 
 @torch.inference_mode()
@@ -68,6 +102,13 @@ def decode(latents: Tensor, autoencoder: Any, batch_size: int = 8) -> Tensor:
 
     Latents of video (B, C, t, h, w) become clips (B, 3, T, H, W).
     """
-    scale, shift = scaling(autoencoder.to(latents.device))
-    parts = (latents / scale + shift).split(batch_size)
-    return torch.cat([autoencoder.decode(part.to(autoencoder.dtype)).sample for part in parts])
+    autoencoder = autoencoder.to(latents.device)
+    return torch.cat([decode_batch(part, autoencoder) for part in latents.split(batch_size)])
+
+
+def decode_batch(latents: Tensor, autoencoder: Any) -> Tensor:
+    """Does what :func:`decode` says, all at once; gradients flow, and graphs can be traced."""
+    latents = unscaled(latents, scaling(autoencoder.config)).to(autoencoder.dtype)
+    if by_channel(autoencoder.config) and latents.dim() == 4:
+        return autoencoder.decode(latents.unsqueeze(2)).sample.squeeze(2)
+    return autoencoder.decode(latents).sample

@@ -99,7 +99,7 @@ class Encoding:
             raise ElitError(f"text_encoder is {text_encoder_name}, and {images.source.root} has no captions")
         self.images, self.out, self.autoencoder, self.text_encoder = images, out, autoencoder, text_encoder
         self.dtype, self.workers = DTYPES[dtype], workers
-        scale, shift = scaling(autoencoder)
+        scale, shift = scaling(autoencoder.config)
         self.settings: dict[str, Any] = {
             "resolution": list(images.shape[1:]) if len(images.shape) > 3 else images.shape[1],
             "images": len(images),

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from elit.conditions import Text
-from elit.data.autoencoder import load_autoencoder, posterior, scaling
+from elit.data.autoencoder import Scaling, load_autoencoder, posterior, scaled, scaling
 from elit.data.captions import pad_prompts
 from elit.data.clips import ClipFolder
 from elit.data.dataset import StagedData
@@ -45,7 +45,7 @@ class LatentData(ABC):
     num_classes: int
     captions: Sequence[str] | None = None
     shape: tuple[int, ...]
-    scaling: tuple[float, float]
+    scaling: Scaling
 
     @abstractmethod
     def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,8 +67,7 @@ class LatentData(ABC):
     def _draw(self, mean: Tensor, std: Tensor, noise: Tensor | None) -> Tensor:
         """Returns scaled samples of posteriors: (B, C, h, w)."""
         latents = mean if noise is None else mean + std * noise
-        scale, shift = self.scaling
-        return (latents - shift) * scale
+        return scaled(latents, self.scaling)
 
 
 class LatentShards(LatentData):
@@ -276,7 +275,7 @@ class EncodedFolder(LatentData, StagedData):
         self.autoencoder = load_autoencoder(autoencoder).to(default_device())
         self.batch_size = batch_size
         self.labels, self.num_classes, self.captions = images.labels, images.num_classes, images.captions
-        self.scaling = scaling(self.autoencoder)
+        self.scaling = scaling(self.autoencoder.config)
 
     @cached_property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]

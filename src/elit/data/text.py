@@ -1,11 +1,13 @@
 """Text encoders of ``transformers``: prompts to the conditions of text models."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from elit.conditions import Text
 from elit.data.captions import WordVectors
@@ -13,21 +15,35 @@ from elit.errors import ElitError
 from elit.launch import default_device
 
 WORDS = "words"
-PIPELINE = "model_index.json"  # what a folder of a pipeline of diffusers has
+INDEX = "model_index.json"  # what a folder of a pipeline of diffusers has
 
 
 def open_encoder(source: str | Path, device: torch.device | str | None = None) -> Callable[[Sequence[str]], Text]:
-    """Opens a text encoder: ``words`` for :class:`~elit.data.captions.WordVectors`, the folder of a pipeline of Stable
-    Diffusion 3 for :class:`PooledEncoder`, else a :class:`TextEncoder`.
+    """Opens a text encoder: ``words`` for :class:`~elit.data.captions.WordVectors`, the folder of one of
+    :data:`PIPELINES` for :class:`PipelineEncoder`, else a :class:`TextEncoder`.
 
     Raises:
         ElitError: nothing usable is there, or what it needs is not installed.
     """
     if source == WORDS:
         return WordVectors()
-    index = Path(source) / PIPELINE
-    pooled = index.is_file() and "StableDiffusion3" in index.read_text()
-    return PooledEncoder(source, device) if pooled else TextEncoder(source, device=device)
+    own_way = _pipeline_at(source) in PIPELINES
+    return PipelineEncoder(source, device) if own_way else TextEncoder(source, device=device)
+
+
+def _pipeline_at(source: str | Path) -> str | None:
+    """Returns the class of the pipeline in a folder; None where there is none.
+
+    Raises:
+        ElitError: its index is damaged.
+    """
+    index = Path(source) / INDEX
+    if not index.is_file():
+        return None
+    try:
+        return str(json.loads(index.read_text())["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ElitError(f"{index} is damaged; give the folder of a pipeline of diffusers, or a text encoder") from error
 
 
 class TextEncoder:
@@ -53,7 +69,7 @@ class TextEncoder:
             from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
         except ImportError as error:
             raise ElitError("text encoders need transformers: pip install 'elit-diffusion[text]'") from error
-        place = ("tokenizer", "text_encoder") if (Path(source) / PIPELINE).is_file() else ("", "")
+        place = ("tokenizer", "text_encoder") if (Path(source) / INDEX).is_file() else ("", "")
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(source, subfolder=place[0])
             saved = AutoConfig.from_pretrained(source, subfolder=place[1]).architectures or ()
@@ -85,11 +101,12 @@ class TextEncoder:
         return Text(tokens.float(), found.attention_mask.bool())
 
 
-class PooledEncoder:
-    """Encodes prompts with the three text encoders of a pipeline of Stable Diffusion 3, as the pipeline does.
+class PipelineEncoder:
+    """Encodes prompts with the text encoders of a pipeline of diffusers, as the pipeline does: those of Stable
+    Diffusion 3, FLUX and Qwen-Image.
 
-    A prompt has one vector for the whole beside its tokens. It stands before them as one token more, filled up with
-    zeros to their width.
+    Where a prompt has one vector for the whole beside its tokens (Stable Diffusion 3, FLUX), it stands before them as
+    one token more, filled up with zeros to their width.
 
     Args:
         source: the local folder of the pipeline.
@@ -110,11 +127,40 @@ class PooledEncoder:
             reason = str(error).strip().splitlines()[0]
             raise ElitError(f"cannot read the text encoders of the pipeline {source} ({reason})") from error
         self.pipeline: Any = pipeline.to(default_device() if device is None else device)
+        self.embed = PIPELINES[type(pipeline).__name__]
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Text:
         """Encodes prompts, all to the same length; ``[""]`` is the empty prompt."""
-        tokens, _, pooled, _ = self.pipeline.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=False)
-        first = F.pad(pooled, (0, tokens.shape[2] - pooled.shape[1]))
-        together = torch.cat((first[:, None], tokens), dim=1).float()
-        return Text(together, torch.ones(together.shape[:2], dtype=torch.bool, device=together.device))
+        return self.embed(self.pipeline, list(prompts))
+
+
+def _of_stable_diffusion_3(pipeline: Any, prompts: list[str]) -> Text:
+    tokens, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
+    return _with_pooled(tokens, pooled)
+
+
+def _of_flux(pipeline: Any, prompts: list[str]) -> Text:
+    tokens, pooled, _ = pipeline.encode_prompt(prompts, None)
+    return _with_pooled(tokens, pooled)
+
+
+def _of_qwen_image(pipeline: Any, prompts: list[str]) -> Text:
+    tokens, mask = pipeline.encode_prompt(prompts)  # no mask means that all tokens are there
+    mask = torch.ones(tokens.shape[:2], device=tokens.device) if mask is None else mask
+    return Text(tokens.float(), mask.bool())
+
+
+def _with_pooled(tokens: Tensor, pooled: Tensor) -> Text:
+    """Puts the vector for the whole (B, P) before the tokens (B, L, D)."""
+    first = F.pad(pooled, (0, tokens.shape[2] - pooled.shape[1]))
+    together = torch.cat((first[:, None], tokens), dim=1).float()
+    return Text(together, torch.ones(together.shape[:2], dtype=torch.bool, device=together.device))
+
+
+PIPELINES: dict[str, Callable[[Any, list[str]], Text]] = {
+    "StableDiffusion3Pipeline": _of_stable_diffusion_3,
+    "FluxPipeline": _of_flux,
+    "QwenImagePipeline": _of_qwen_image,
+}
+"""The pipelines that embed prompts in a way of their own. Of others, the first text encoder does it."""

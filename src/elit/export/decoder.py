@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from elit.data.autoencoder import scaling
+from elit.data.autoencoder import decode_batch
 from elit.errors import ElitError
 from elit.export import archive, onnx
 from elit.export.graph import TRACED_BATCH, strip
@@ -22,11 +22,9 @@ class Decoder(nn.Module):
     def __init__(self, autoencoder: Any) -> None:
         super().__init__()
         self.autoencoder = autoencoder
-        self.scale, self.shift = scaling(autoencoder)
 
     def forward(self, latents: Tensor) -> Tensor:
-        image: Tensor = self.autoencoder.decode(latents / self.scale + self.shift).sample
-        return image
+        return decode_batch(latents, self.autoencoder)
 
 
 @torch.no_grad()

@@ -107,9 +107,10 @@ class ElasticMixin:
             one; None where they run one after the other.
         refused: arguments of its forward that it cannot work with, and why.
         predicts: what its base was trained to predict.
-        condition: what its base draws that ``elit distill`` can give it: classes, captions, captions with a vector for
-            the whole (:class:`~elit.data.text.PooledEncoder`), or None.
+        condition: what its base draws: classes, captions, or captions with a vector for the whole
+            (:class:`~elit.data.text.PipelineEncoder`).
         text_width: the entry of its configuration that says how wide embedded captions are.
+        idle: layers of its last block that its answer does not depend on, which get no gradient.
     """
 
     base: ClassVar[Any]
@@ -121,8 +122,9 @@ class ElasticMixin:
     joint_guidance: ClassVar[tuple[str, str] | None] = None
     refused: ClassVar[dict[str, str]] = {}
     predicts: ClassVar[Literal["noise", "velocity"]] = "velocity"
-    condition: ClassVar[Literal["classes", "captions", "pooled captions"] | None] = None
+    condition: ClassVar[Literal["classes", "captions", "pooled captions"]]
     text_width: ClassVar[str] = ""
+    idle: ClassVar[tuple[str, ...]] = ()
 
     _cp_plan = None  # windows and latents are not split over devices
     config: Any
@@ -313,9 +315,19 @@ class ElasticMixin:
         whose weights can lie in shards and be whole only while they run."""
         return [block for stack in cls.stacks for block in getattr(transformer, stack)]
 
+    @classmethod
+    def data_of(cls, config: Mapping[str, Any]) -> tuple[int, tuple[int, ...]]:
+        """Returns the channels of the data of a base, given its configuration, and the sides of what becomes a token:
+        two of images, three of video."""
+        return config["in_channels"], (config["patch_size"], config["patch_size"])
+
     def inputs(self, x: Tensor, timestep: Tensor, y: Condition) -> dict[str, Any]:
         """Returns what a forward is given to predict noisy data x (B, C, H, W) at time steps (B,) of conditions y."""
         raise NotImplementedError
+
+    def prediction(self, output: Tensor, x: Tensor) -> Tensor:
+        """Returns what a forward predicted for noisy data x as the data lie, given its output."""
+        return output
 
     # -------------------------------------------------------------------------------------------- a forward
 

@@ -1,9 +1,12 @@
 """The elastic versions of each family of transformers in diffusers: what is special about it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from diffusers import (
     DiTTransformer2DModel,
     FluxTransformer2DModel,
@@ -32,6 +35,7 @@ CONTROLNET = "residuals of a ControlNet belong to all tokens, and the core has l
 SKIPPED = "Read and Write belong to blocks that would be skipped"
 MASKED = "a mask over all tokens does not fit latents"
 PIXELS_PER_LATENT = 8  # of the autoencoder of PixArt
+TOKENS_OF_WAN = 512  # of every prompt
 
 
 # ------------------------------------------------------------------------------------------------ DiT
@@ -188,6 +192,30 @@ class ElasticPixArtTransformer2DModel(ElasticMixin, PixArtTransformer2DModel):
 
 # ------------------------------------------------------------------------------------------------ FLUX
 
+PACKED = 2  # latents a side that pipelines of FLUX and Qwen-Image pack into one token
+
+
+def packed(x: Tensor) -> Tensor:
+    """Packs latents (B, C, H, W) into tokens (B, H/2 * W/2, 4C)."""
+    return F.pixel_unshuffle(x, PACKED).flatten(2).transpose(1, 2)
+
+
+def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Undoes :func:`packed`."""
+    grid = tokens.transpose(1, 2).unflatten(2, (height // PACKED, width // PACKED))
+    return F.pixel_shuffle(grid, PACKED)
+
+
+class PackedMixin:
+    """A family whose pipelines pack latents into tokens."""
+
+    @classmethod
+    def data_of(cls, config: Mapping[str, Any]) -> tuple[int, tuple[int, ...]]:
+        return config["in_channels"] // PACKED**2, (PACKED, PACKED)
+
+    def prediction(self, output: Tensor, x: Tensor) -> Tensor:
+        return unpacked(output, *x.shape[-2:])
+
 
 class ElasticFluxBlock(ElasticBlock):
     """A block of FLUX in an elastic model. Subclasses are also the block of diffusers whose forward it calls."""
@@ -225,7 +253,7 @@ def flux_positions(
     return cos, sin
 
 
-class ElasticFluxTransformer2DModel(ElasticMixin, FluxTransformer2DModel):
+class ElasticFluxTransformer2DModel(PackedMixin, ElasticMixin, FluxTransformer2DModel):
     """An elastic ``FluxTransformer2DModel``. Its core may begin and end in either kind of blocks."""
 
     base = FluxTransformer2DModel
@@ -237,6 +265,21 @@ class ElasticFluxTransformer2DModel(ElasticMixin, FluxTransformer2DModel):
     attention_arguments = "joint_attention_kwargs"
     timesteps = 1.0
     refused: ClassVar = {"controlnet_block_samples": CONTROLNET, "controlnet_single_block_samples": CONTROLNET}
+    condition = "pooled captions"
+    text_width = "joint_attention_dim"
+
+    def inputs(self, x: Tensor, timestep: Tensor, y: Condition) -> dict[str, Any]:
+        """Returns what a forward is given, with text y whose first token is the vector for the whole prompt."""
+        assert isinstance(y, Text)
+        height, width = (side // PACKED for side in x.shape[-2:])
+        return {
+            "hidden_states": packed(x),
+            "encoder_hidden_states": y.tokens[:, 1:],
+            "pooled_projections": y.tokens[:, 0, : self.config.pooled_projection_dim],
+            "timestep": timestep,
+            "img_ids": flux_grid(height, width, x.device),
+            "txt_ids": x.new_zeros(y.tokens.shape[1] - 1, 3),
+        }
 
     def grid_size(self, given: dict[str, Any]) -> Triple:
         """Returns the tokens (1, H, W) that the positions of the image tell."""
@@ -252,6 +295,13 @@ class ElasticFluxTransformer2DModel(ElasticMixin, FluxTransformer2DModel):
                 f"{size[1]}x{size[2]}: pictures to edit have no place in its windows"
             )
         return size
+
+
+@lru_cache(maxsize=64)
+def flux_grid(height: int, width: int, device: torch.device) -> Tensor:
+    """Returns the positions (H * W, 3) of image tokens, the same tensor each time: rows and columns after a zero."""
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in (height, width)), indexing="ij")
+    return torch.stack((torch.zeros_like(rows), rows, columns), dim=-1).flatten(0, 1).to(device)
 
 
 _KNOWN_GRIDS: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -285,7 +335,7 @@ class ElasticQwenImageTransformerBlock(ElasticBlock, QwenImageTransformerBlock):
         return text, call.after(self, hidden_states)
 
 
-class ElasticQwenImageTransformer2DModel(ElasticMixin, QwenImageTransformer2DModel):
+class ElasticQwenImageTransformer2DModel(PackedMixin, ElasticMixin, QwenImageTransformer2DModel):
     """An elastic ``QwenImageTransformer2DModel``."""
 
     base = QwenImageTransformer2DModel
@@ -293,6 +343,21 @@ class ElasticQwenImageTransformer2DModel(ElasticMixin, QwenImageTransformer2DMod
     attention_arguments = "attention_kwargs"
     timesteps = 1.0
     refused: ClassVar = {"controlnet_block_samples": CONTROLNET}
+    condition = "captions"
+    text_width = "joint_attention_dim"
+    idle = ("attn.to_add_out", "txt_mlp")  # of the text that comes out
+
+    def inputs(self, x: Tensor, timestep: Tensor, y: Condition) -> dict[str, Any]:
+        """Returns what a forward is given, with text y."""
+        assert isinstance(y, Text)
+        height, width = (side // PACKED for side in x.shape[-2:])
+        return {
+            "hidden_states": packed(x),
+            "encoder_hidden_states": y.tokens,
+            "encoder_hidden_states_mask": y.mask,
+            "timestep": timestep,
+            "img_shapes": [[(1, height, width)]] * len(x),
+        }
 
     def become_elastic(self, *args: Any, **settings: Any) -> None:
         """Refuses the versions that edit pictures."""
@@ -353,6 +418,19 @@ class ElasticWanTransformer3DModel(ElasticMixin, WanTransformer3DModel):
     block_versions: ClassVar = {WanTransformerBlock: ElasticWanTransformerBlock}
     attention_arguments = "attention_kwargs"
     default_window = (1, 2, 4)
+    condition = "captions"
+    text_width = "text_dim"
+
+    @classmethod
+    def data_of(cls, config: Mapping[str, Any]) -> tuple[int, tuple[int, ...]]:
+        return config["in_channels"], tuple(config["patch_size"])
+
+    def inputs(self, x: Tensor, timestep: Tensor, y: Condition) -> dict[str, Any]:
+        """Returns what a forward is given, with text y, which its pipeline fills up with zeros and does not mask."""
+        assert isinstance(y, Text)
+        tokens = (y.tokens * y.mask[:, :, None])[:, :TOKENS_OF_WAN]
+        text = F.pad(tokens, (0, 0, 0, TOKENS_OF_WAN - tokens.shape[1]))
+        return {"hidden_states": x, "encoder_hidden_states": text, "timestep": timestep}
 
     def become_elastic(self, *args: Any, **settings: Any) -> None:
         """Lets the positions carry the call."""

@@ -67,7 +67,3 @@ class PredictsVelocity(FlowMatching):
     def noised(self, x: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         at = self.spread(t)
         return interpolate(self.path, x, noise, at), velocity(self.path, x, noise, at)
-
-    def loss(self, predict: Velocity, x: Tensor, t: Tensor, noise: Sequence[Tensor], active: int = 1) -> Tensor:
-        x_t, target = self.noised(x, t, noise[0])
-        return squared_error(predict(x_t, t), target)

@@ -9,11 +9,13 @@ from diffusers import DDPMScheduler
 from diffusers.configuration_utils import ConfigMixin
 from safetensors import SafetensorError
 
+from elit.data.autoencoder import Scaling, scaling
 from elit.errors import ElitError
 from elit.integrations.elastic import ElasticMixin
 from elit.integrations.families import FAMILIES, refusal
 from elit.models.files import LOCAL
 
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderKLQwenImage", "AutoencoderKLWan")  # whose scaling is known
 SCALING_FACTOR = 0.18215  # of an AutoencoderKL that was saved without one
 OLD_CLASS = "Transformer2DModel"  # as which DiT and PixArt were published
 NEW_CLASSES = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
@@ -39,11 +41,11 @@ class Pretrained(NamedTuple):
     autoencoder: dict[str, Any] | None
 
     @property
-    def scaling(self) -> tuple[float, float] | None:
-        """Scale and shift of the latents that it was trained on, where its pipeline says them with two numbers."""
-        if self.autoencoder is None or self.autoencoder.get("_class_name") != "AutoencoderKL":
+    def scaling(self) -> Scaling | None:
+        """Scale and shift of the latents that it was trained on, where its pipeline says them."""
+        if self.autoencoder is None or self.autoencoder.get("_class_name") not in AUTOENCODERS:
             return None
-        return self.autoencoder.get("scaling_factor", SCALING_FACTOR), self.autoencoder.get("shift_factor") or 0.0
+        return scaling({"scaling_factor": SCALING_FACTOR} | self.autoencoder)
 
     def load(self) -> Any:
         """Reads the transformer, in float32 and evaluation mode.

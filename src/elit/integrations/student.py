@@ -31,9 +31,10 @@ class StudentConfig:
     Attributes:
         base: folder or Hub id of the pretrained pipeline or transformer.
         trainable: which of its weights are trained.
-        in_channels, input_size: of its data.
+        in_channels, input_size: of its data, (H, W), or of video (T, H, W).
         num_classes: of its base, whose label ``num_classes`` is "no class"; 0 for a base of captions.
         lora_rank: of the adapters of its core, where they are trained.
+        guidance_scale: what a base is told that takes it as an input (FLUX.1-dev).
         empty_shape: of the embedded empty prompt, tokens and width; None for a base of classes.
         read_after, write_after, group_size, min_latents, start: see :func:`elit.elastify`.
     """
@@ -41,9 +42,10 @@ class StudentConfig:
     base: str
     trainable: Trainable
     in_channels: int
-    input_size: tuple[int, int]
+    input_size: tuple[int, ...]
     num_classes: int
     lora_rank: int = 16
+    guidance_scale: float = 3.5
     empty_shape: tuple[int, int] | None = None
     read_after: int | None = None
     write_after: int | None = None
@@ -87,6 +89,8 @@ class Student(Model):
             add_adapters(self.transformer, config.lora_rank)
         trained = self.transformer if config.trainable == "all" else self.transformer.elit
         trained.requires_grad_(True)
+        for layer in idle_layers(self.transformer):  # processes would wait for their gradients
+            self.transformer.get_submodule(layer).requires_grad_(False)
         if config.empty_shape is not None:
             self.register_buffer("empty_prompt", torch.zeros(config.empty_shape))
         self.eval()  # in training mode a DiT would drop labels in every block
@@ -96,26 +100,40 @@ class Student(Model):
     # -------------------------------------------------------------------------------------------- a forward
 
     def forward(self, x: Any, t: Tensor, y: Any = None, budget: Any = None, *, num_latents: Any = None) -> Any:
-        """Predicts what the base was trained to predict: noise, or velocities, of the shape of the base's output.
+        """Predicts what the base was trained to predict: noise, which variances may follow, or velocities.
 
         Args:
-            x: (B, C, H, W).
+            x: (B, C, H, W), or of video (B, C, T, H, W).
             t: (B,), steps of a scheduler for a base that predicts noise, or in [0, 1].
             y: labels (B,) or text.
             budget, num_latents: as of every model, one for all samples.
         """
-        return self.transformer(**self.inputs(x, t, y), budget=budget, num_latents=num_latents, return_dict=False)[0]
+        return self.predict(self.transformer, x, t, y, budget=budget, num_latents=num_latents)
 
     @torch.no_grad()
-    def as_base(self, x: Tensor, t: Tensor, y: Condition) -> Tensor:
-        """Predicts what the base does, of which only frozen weights may be used: without the interface and adapters."""
+    def as_base(self, x: Tensor, t: Tensor, y: Condition, teacher: nn.Module | None = None) -> Tensor:
+        """Predicts what the base does.
+
+        Args:
+            teacher: the base; None runs the student without interface and adapters, if all else of it is frozen.
+        """
+        if teacher is not None:
+            return self.predict(teacher, x, t, y)
         with adapters_off(self.transformer):
-            return self.transformer(**self.inputs(x, t, y), layout=AS_BASE, return_dict=False)[0]
+            return self.predict(self.transformer, x, t, y, layout=AS_BASE)
+
+    def predict(self, transformer: nn.Module, x: Tensor, t: Tensor, y: Condition, **how: Any) -> Tensor:
+        """Runs the elastic transformer or its base: as :meth:`forward`."""
+        output = transformer(**self.inputs(x, t, y), **how, return_dict=False)[0]
+        return self.transformer.prediction(output, x)
 
     def inputs(self, x: Tensor, t: Tensor, y: Condition) -> dict[str, Any]:
         """Returns the arguments of a forward of the base."""
         timestep = t if self.transformer.predicts == "noise" else t * self.transformer.timesteps
-        return self.transformer.inputs(x, timestep, y)
+        given = self.transformer.inputs(x, timestep, y)
+        if getattr(self.transformer.config, "guidance_embeds", False):
+            given["guidance"] = torch.full_like(t, self.config.guidance_scale)
+        return given
 
     # -------------------------------------------------------------------------------------------- what a model is
 
@@ -204,8 +222,15 @@ def miss_no_frozen(model: nn.Module, incompatible: Any) -> None:
 # ------------------------------------------------------------------------------------------------ adapters
 
 
+def idle_layers(transformer: Any) -> list[str]:
+    """Lists the layers that its answer does not depend on."""
+    last = transformer.stacks[-1]
+    return [f"{last}.{len(getattr(transformer, last)) - 1}.{name}" for name in transformer.idle]
+
+
 def adapted_layers(transformer: Any) -> list[str]:
     """Lists the linear layers of attention and feed-forward in the core: those that adapters are added to."""
+    idle = idle_layers(transformer)
     core = [
         (f"{stack}.{number}.", block)
         for stack in transformer.stacks
@@ -216,7 +241,9 @@ def adapted_layers(transformer: Any) -> list[str]:
         prefix + name
         for prefix, block in core
         for name, layer in block.named_modules()
-        if isinstance(layer, nn.Linear) and not any("norm" in part or part.endswith("_mod") for part in name.split("."))
+        if isinstance(layer, nn.Linear)
+        and not any("norm" in part or part.endswith("_mod") for part in name.split("."))
+        and not any((prefix + name).startswith(each) for each in idle)
     ]
 
 

@@ -59,6 +59,7 @@ class DistillConfig(RunConfig):
         trainable: the weights that are trained. interface: Read and Write alone. interface+core-lora: also adapters
             (LoRA) of the core, which are merged into the result. all: every weight; the base is then held twice.
         lora_rank: of the adapters.
+        guidance_scale: what a base is told that takes the scale of guidance as an input (FLUX.1-dev).
         distillation: weight of the distance from the base in the loss, where 1 counts as much as the loss that the base
             was trained with; 0 is none.
         retrofit: where the interface is put.
@@ -71,6 +72,7 @@ class DistillConfig(RunConfig):
     out: str = "runs/distill"
     trainable: Literal["interface", "interface+core-lora", "all"] = "interface"
     lora_rank: int = 16
+    guidance_scale: float = 3.5
     distillation: float = 1.0
     retrofit: RetrofitConfig = field(default_factory=RetrofitConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(warmup_steps=500))
@@ -111,7 +113,7 @@ class Distillation(Objective):
         says.
 
         Args:
-            x: data (B, C, H, W).
+            x: data (B, C, H, W), or of video (B, C, T, H, W).
             y: labels or text.
             draws: of these samples.
             level: J~ of these samples.
@@ -121,15 +123,8 @@ class Distillation(Objective):
             return super().forward(x, y, draws, level)
         assert y is not None
         x_t, target = self.flow.noised(x, draws.t, draws.noise[0])
-        of_base = self.of_base(x_t, draws.t, y)
+        of_base = self.model.as_base(x_t, draws.t, y, self.teacher)
         return distillation_terms(self.model(x_t, draws.t, y, num_latents=level), target, of_base)
-
-    @torch.no_grad()
-    def of_base(self, x_t: Tensor, t: Tensor, y: Condition) -> Tensor:
-        """Returns what the base predicts."""
-        if self.teacher is None:
-            return self.model.as_base(x_t, t, y)
-        return self.teacher(**self.model.inputs(x_t, t, y), return_dict=False)[0]
 
 
 # ------------------------------------------------------------------------------------------------ making one
@@ -147,16 +142,17 @@ def build_distillation(config: DistillConfig, data: Data) -> Task:
     base = pretrained.find_pretrained(config.base)
     empty = check_data(base, data, config.data)
     flow = _flow(config, base, data, noising)
-    channels, height, width = data.shape
+    channels, *size = data.shape
     with torch_seeded(config.seed, "weights"):
         student = student_module.Student(
             student_module.StudentConfig(
                 base=config.base,
                 trainable=config.trainable,
                 in_channels=channels,
-                input_size=(height, width),
+                input_size=tuple(size),
                 num_classes=0 if empty is not None else base.config["num_embeds_ada_norm"],
                 lora_rank=config.lora_rank,
+                guidance_scale=config.guidance_scale,
                 empty_shape=None if empty is None else (len(empty), empty.shape[1]),
                 **_place(config),
             )
@@ -277,16 +273,12 @@ def check_data(base: "Pretrained", data: Data, name: str) -> Tensor | None:
         ElitError: they are not.
     """
     kind, config = base.family.base.__name__, base.config
-    if base.family.condition is None:
+    channels, patch = base.family.data_of(config)
+    shape, samples = tuple(data.shape), "clips" if len(patch) == 3 else "images"
+    if len(shape) != 1 + len(patch) or shape[0] != channels:
         raise ElitError(
-            f"elit prepare encodes neither latents nor captions for a {kind}, the base {base.source}; distil it in a "
-            "loop of your own, see docs/retrofit.md"
-        )
-    shape, channels = tuple(data.shape), config["in_channels"]
-    if len(shape) != 3 or shape[0] != channels:
-        raise ElitError(
-            f"{name} has samples of shape {shape}, and the base {base.source} takes {channels} channels: encode images "
-            "with its own autoencoder (elit prepare encode --autoencoder)"
+            f"{name} has samples of shape {shape}, and the base {base.source} takes {channels} channels: encode "
+            f"{samples} with its own autoencoder (elit prepare encode --autoencoder)"
         )
     scaling = getattr(data.data if isinstance(data, Captioned) else data, "scaling", None)  # of latents
     if scaling is not None and base.scaling is not None and tuple(scaling) != base.scaling:
@@ -297,9 +289,9 @@ def check_data(base: "Pretrained", data: Data, name: str) -> Tensor | None:
     if kind == "DiTTransformer2DModel" and shape[1:] != (config["sample_size"],) * 2:
         side = config["sample_size"]
         raise ElitError(f"{name} has samples of {shape[1]}x{shape[2]}; the base {base.source} makes {side}x{side}")
-    patch = config["patch_size"]
-    if any(side % patch for side in shape[1:]):
-        raise ElitError(f"{name} has samples of {shape[1]}x{shape[2]}, which patches of {patch} do not tile")
+    if any(side % of_patch for side, of_patch in zip(shape[1:], patch, strict=True)):
+        size, of_patches = ("x".join(map(str, sides)) for sides in (shape[1:], patch))
+        raise ElitError(f"{name} has samples of {size}, which patches of {of_patches} do not tile")
     if base.family.condition != "classes":
         return _check_captions(base, data, name)
     _check_classes(base, data, name)
@@ -341,7 +333,10 @@ def check_grid(student: "Student", data: Data) -> None:
         ElitError: they do not.
     """
     transformer = student.transformer
-    y = torch.zeros(1, dtype=torch.long)
+    y: Condition = torch.zeros(1, dtype=torch.long)
+    if student.takes_text:
+        empty = student.empty_prompt[None]
+        y = Text(empty, torch.ones(empty.shape[:2], dtype=torch.bool))
     x = torch.zeros(1, *data.shape)
-    given = {"hidden_states": x, "timestep": y}
-    transformer.layout_of(transformer.grid_size(given), transformer.num_latents, x.device)
+    size = transformer.grid_size(student.inputs(x, torch.zeros(1), y))
+    transformer.layout_of(size, transformer.num_latents, x.device)

@@ -1,0 +1,143 @@
+"""Learning curves at equal training FLOPs, at a size where they show nothing."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import at_scale
+import pytest
+import torch
+from torch import Tensor
+
+import claim
+import learning
+from curves import OutOfTimeError, Scale, SelfDistillation, config_of, forward_flops, train, train_all
+from elit.data import ImageData, scenes
+from elit.flow import flow_of
+from elit.training.batch import TrainingDraws
+from tests.helpers.models import tiny
+
+FIELDS = {"width": 16, "depth": 4, "num_heads": 2, "label_std": 1.0, "positions": "rotary"}
+NAMES = ("plain", "learned/1", "anchored/2", "anchored/2, self-distilled", "anchored/full")
+
+
+def few(data: ImageData, count: int = 16) -> ImageData:
+    return ImageData(data.images[:count], data.labels[:count], data.num_classes)
+
+
+@pytest.fixture(scope="module")
+def scale(tmp_path_factory: pytest.TempPathFactory) -> Scale:
+    out = tmp_path_factory.mktemp("curves")
+    return Scale(few(scenes()), few(scenes(held_out=True)), FIELDS, 4, 40, 4, out)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_training_has_the_flops_of_the_plain_one(scale: Scale, name: str) -> None:
+    """To the eighth part of the points of a curve."""
+    config = config_of(scale, learning.VARIANTS, name, 0)
+    variant = learning.VARIANTS[name]
+    plain = learning.VARIANTS["plain"]
+    of_plain = forward_flops(scale, config_of(scale, learning.VARIANTS, "plain", 0), plain)[0] * 40
+    assert forward_flops(scale, config, variant)[0] * config.steps == pytest.approx(of_plain, rel=0.2)
+
+
+def test_self_distillation_pays_for_its_teacher(scale: Scale) -> None:
+    """Half of the samples have, beside their own forward and backward, one more forward at full budget."""
+    names = ("anchored/2", "anchored/2, self-distilled")
+    (own, _), (with_teacher, _), (full, _) = (
+        forward_flops(scale, config_of(scale, learning.VARIANTS, name, 0), learning.VARIANTS[name])
+        for name in (*names, "anchored/full")
+    )
+    taught = (with_teacher - own) / (full / 3)  # as a share of all samples
+    assert 0.4 < taught < 0.5  # of the half that draws, one of 16 levels is full
+
+
+def test_trainings_are_kept(scale: Scale, capsys: pytest.CaptureFixture[str]) -> None:
+    first = train_all(scale, learning.VARIANTS, NAMES, 1)
+    states = {path: path.stat().st_mtime_ns for path in scale.out.rglob("*.safetensors")}
+    assert states
+    again = train_all(scale, learning.VARIANTS, NAMES, 1)
+    assert first == again
+    assert {path: path.stat().st_mtime_ns for path in scale.out.rglob("*.safetensors")} == states
+    for name, (curve,) in first.items():
+        assert len(curve.flops) == 8 and curve.flops[0] > 0
+        assert curve.final(1.0) == curve.best
+        assert (curve.final(1 / 16) is None) == (name in ("plain", "anchored/full"))
+
+
+def test_a_training_that_is_out_of_time_goes_on(scale: Scale, tmp_path: Path) -> None:
+    there = replace(scale, out=tmp_path)
+    with pytest.raises(OutOfTimeError):
+        train(there, learning.VARIANTS, "plain", 5, until=time.monotonic())
+    whole = train(replace(scale, out=tmp_path / "whole"), learning.VARIANTS, "plain", 5)
+    assert train(there, learning.VARIANTS, "plain", 5).losses == whole.losses
+
+
+def test_the_distance_is_that_from_full_budget() -> None:
+    """It moves the lower budget alone: full budget is not drawn towards it."""
+    model = tiny(seed=3)
+    flow = flow_of(model, "linear")
+    objective = SelfDistillation(model, flow, 1.0)
+    x, noise, t = torch.randn(3, *model.input_shape()), torch.randn(3, *model.input_shape()), torch.rand(3)
+    y = torch.tensor([0, 1, 2])
+    draws = TrainingDraws(t=t, noise=[noise], active=1, dropped=torch.zeros(3, dtype=torch.bool))
+    x_t = (1 - t.view(-1, 1, 1, 1)) * x + t.view(-1, 1, 1, 1) * noise
+
+    def velocity(level: int) -> Tensor:
+        return model(x_t, t, y, num_latents=level)
+
+    loss, distance = objective(x, y, draws, 1)
+    torch.testing.assert_close(loss, (velocity(1) - (noise - x)).square().flatten(1).mean(1))
+    torch.testing.assert_close(distance, (velocity(1) - velocity(4)).square().flatten(1).mean(1))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(distance.sum(), weights, allow_unused=True)
+    expected = torch.autograd.grad(
+        (velocity(1) - velocity(4).detach()).square().flatten(1).mean(1).sum(), weights, allow_unused=True
+    )
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other)
+    assert not objective(x, y, draws, 4)[1].any()
+
+
+def test_mosaics_are_scenes_of_one_class_beside_empty_ones() -> None:
+    mosaics = claim.mosaics(2, held_out=True)
+    assert mosaics.images.shape == (1024, 1, 64, 64) and len(claim.mosaics(2)) == 8000
+    tiles = mosaics.images.unfold(2, 32, 32).unfold(3, 32, 32)[:, 0].flatten(1, 2)  # (M, 4, 32, 32)
+    filled = (tiles != -1).flatten(2).any(2)
+    assert filled.any(1).all()
+    assert 0.5 < filled.float().mean() < 0.7  # a half, and one at the least
+    source = scenes(held_out=True)
+    known = {image.numpy().tobytes(): label for image, label in zip(source.images, source.labels, strict=True)}
+    for tile, label in zip(tiles[:40, 0][filled[:40, 0]], mosaics.labels[:40][filled[:40, 0]], strict=True):
+        assert known[tile.contiguous().numpy().tobytes()] == label
+
+
+def test_the_claim_is_judged_at_the_highest_budget(scale: Scale, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("plain", "learned, to 1/4")
+    curves = train_all(scale, claim.VARIANTS, names, 1)
+    claim.report(curves, scale, samples=12, guidance=2.0)
+    written = json.loads((scale.out / "claim.json").read_text())
+    assert set(written["samples"]) == set(names)
+    assert curves["learned, to 1/4"][0].final(1.0) is None
+    assert (scale.out / "claim.png").stat().st_size > 0
+
+
+def test_at_scale_runs_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(claim, "mosaics", lambda side, held_out=False: few(scenes(held_out), 8))
+    sizes = {
+        "width": 16,
+        "depth": 4,
+        "steps": 8,
+        "batch_size": 4,
+        "compile": False,
+        "out": tmp_path,
+        "precision": "fp32",
+    }
+    monkeypatch.setattr(at_scale, "SEEDS", 1)
+    at_scale.run(minutes=0, **sizes)
+    assert "the minutes are over; the same command goes on" in capsys.readouterr().out
+    at_scale.run(**sizes)
+    assert {path.parent.name for path in tmp_path.rglob("curves.png")} == {"64px", "128px"}
