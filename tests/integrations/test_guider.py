@@ -24,6 +24,10 @@ def original(tmp_path: Path) -> tuple[Any, dict[str, Any]]:
     pipe, how = qwen_pipeline(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer = elit.elastify(pipe.transformer)
+    for name in ("prompt", "negative_prompt"):  # the modular pipeline begins after the text encoder
+        tokens, mask = pipe.encode_prompt(how.pop(name))
+        mask = torch.ones(tokens.shape[:2], dtype=torch.long) if mask is None else mask
+        how |= {f"{name}_embeds": tokens.detach(), f"{name}_embeds_mask": mask}
     return pipe, how
 
 
