@@ -1,7 +1,9 @@
 """Is an ELIT better than a plain transformer of the same size at equal training FLOPs? Loss and samples over FLOPs.
 
     python experiments/claim.py
-    python experiments/claim.py --steps 320 --samples 0 --names '[plain, "learned, to 1/4"]'     # docs/results/claim.md
+    python experiments/claim.py --steps 640 --batch_size 16 --names '[plain, "learned, to 1/4"]'
+
+The second is in docs/results/claim.md.
 
 The data are mosaics: 2x2 scenes of one class, each empty in half of all cases, 64x64 pixels in 256 tokens. So there is
 much redundancy: large empty regions beside dense ones. Quality is the Frechet distance of samples in the features of a
@@ -104,6 +106,7 @@ def run(
     seeds: int = 3,
     steps: int = 400,
     batch_size: int = 32,
+    side: int = 2,
     samples: int = 500,
     guidance: float = 2.0,
     out: Path = Path("runs/claim"),
@@ -115,11 +118,12 @@ def run(
         seeds: trainings of every variant, with the seeds 0, 1, ...
         steps: of the plain transformer; the others take as many as have the same FLOPs.
         batch_size: mosaics of a step.
+        side: of a mosaic, in scenes; 2 are 256 tokens, and 4 are 1,024.
         samples: of each training that are scored; 0 is none.
         guidance: scale of classifier-free guidance.
         out: where trainings, figure and numbers are kept.
     """
-    scale = Scale(mosaics(2), mosaics(2, held_out=True), FIELDS, 4, steps, batch_size, out)
+    scale = Scale(mosaics(side), mosaics(side, held_out=True), FIELDS, 4, steps, batch_size, out)
     report(train_all(scale, VARIANTS, names or list(VARIANTS), seeds), scale, samples, guidance)
 
 

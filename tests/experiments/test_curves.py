@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import at_scale
@@ -14,6 +15,7 @@ import claim
 import learning
 from curves import OutOfTimeError, Scale, SelfDistillation, config_of, forward_flops, train, train_all
 from elit.data import ImageData, scenes
+from elit.evaluation import train_classifier
 from elit.flow import flow_of
 from elit.training.batch import TrainingDraws
 from tests.helpers.models import tiny
@@ -53,7 +55,7 @@ def test_self_distillation_pays_for_its_teacher(scale: Scale) -> None:
     assert 0.4 < taught < 0.5  # of the half that draws, one of 16 levels is full
 
 
-def test_trainings_are_kept(scale: Scale, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trainings_are_kept(scale: Scale) -> None:
     first = train_all(scale, learning.VARIANTS, NAMES, 1)
     states = {path: path.stat().st_mtime_ns for path in scale.out.rglob("*.safetensors")}
     assert states
@@ -113,7 +115,8 @@ def test_mosaics_are_scenes_of_one_class_beside_empty_ones() -> None:
         assert known[tile.contiguous().numpy().tobytes()] == label
 
 
-def test_the_claim_is_judged_at_the_highest_budget(scale: Scale, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_claim_is_judged_at_the_highest_budget(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "train_classifier", partial(train_classifier, steps=3))
     names = ("plain", "learned, to 1/4")
     curves = train_all(scale, claim.VARIANTS, names, 1)
     claim.report(curves, scale, samples=12, guidance=2.0)

@@ -131,7 +131,7 @@ def wan_pipeline(folder: Path) -> tuple[Any, dict[str, Any]]:
     text["text_encoder"] = UMT5EncoderModel(config).eval()
     vae = AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 2.0, 0.5, 1.5],
     ).eval()  # fmt: skip
     parts = {"vae": vae, "transformer": base_of("Wan"), "scheduler": FlowMatchEulerDiscreteScheduler()}
     how = {"height": 64, "width": 64, "num_frames": 5, "max_sequence_length": 8, "guidance_scale": 2.0}

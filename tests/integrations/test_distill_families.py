@@ -1,6 +1,7 @@
 """FLUX, Qwen-Image and Wan in `elit distill`: what their own pipelines do with latents and prompts, and ours alike."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from elit.training import ElasticConfig, Trainer
 from elit.training.distillation import build_distillation
 from tests.helpers.pictures import smooth
 from tests.helpers.small_distillations import distillation
-from tests.helpers.small_pipelines import PIPELINES
+from tests.helpers.small_pipelines import PIPELINES, autoencoder
 from tests.helpers.small_retrofits import FAMILIES, TEXT, make_base
 from tests.integrations.test_distill_text import CAPTIONS, captioned_pictures, check_pictures
 
@@ -85,7 +86,8 @@ def test_the_first_loss_is_that_of_the_original_pipeline(world: tuple[str, Path]
         for i in range(3):
             x_t = (1 - t[i]) * x[i : i + 1] + t[i] * noise[i : i + 1]
             every = [given_by_pipeline(name, pipe, x_t, t[i : i + 1], caption) for caption in CAPTIONS]
-            own = text.tokens[i, text.mask[i]][name == "FLUX" :]
+            own = text.tokens[i, text.mask[i]]
+            own = own[1:] if name == "FLUX" else own  # the first one is the vector for the whole prompt
             fits = [each["encoder_hidden_states"][0, : len(own)] for each in every]
             given = next(
                 e for e, f in zip(every, fits, strict=True) if f.shape == own.shape and f.allclose(own, atol=1e-5)
@@ -162,21 +164,102 @@ def test_a_base_that_is_told_its_guidance(tmp_path: Path) -> None:
     assert not torch.allclose(answers[2.0], answers[5.0])
 
 
-def test_prompts_of_one_encoder_alone_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """FLUX needs the vector for the whole prompt, too."""
-    PIPELINES["FLUX"](tmp_path / "parts")[0].save_pretrained(tmp_path / "base")
-    encode = ["prepare", "encode", str(captioned_pictures(tmp_path / "pictures")), str(tmp_path / "latents")]
-    how = ["--autoencoder", str(tmp_path / "base/vae"), "--text-encoder", str(tmp_path / "parts/t5")]
-    PIPELINES["FLUX"](tmp_path / "again")[0].text_encoder_2.save_pretrained(tmp_path / "parts/t5")
-    assert main([*encode, *how, "--workers", "0"]) == 0
-    given = ["distill", "--base", str(tmp_path / "base"), "--data", str(tmp_path / "latents")]
-    assert main([*given, "--out", str(tmp_path / "run")]) == 2
-    assert "has text embeddings of one encoder, and the base" in capsys.readouterr().err
+def said(capsys: pytest.CaptureFixture[str], *command: object) -> str:
+    """What a command says that ends with 2, in one sentence."""
+    assert main([str(each) for each in command]) == 2
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("elit: ")]
+    return line
+
+
+def test_prompts_of_other_encoders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """FLUX needs the vector for the whole prompt, and of its own width; Wan needs none."""
+    for name in ("FLUX", "Wan"):
+        PIPELINES[name](tmp_path / "parts" / name)[0].save_pretrained(tmp_path / name)
+    alone = tmp_path / "parts/FLUX/t5"
+    diffusers.FluxPipeline.from_pretrained(tmp_path / "FLUX").text_encoder_2.save_pretrained(alone)
+    pictures, clips = captioned_pictures(tmp_path / "pictures"), save_clips(tmp_path / "clips")
+    for source, vae, encoder in ((pictures, "FLUX", alone), (f"{clips}@5x64x64", "Wan", tmp_path / "FLUX")):
+        encode = ["prepare", "encode", str(source), str(tmp_path / f"latents-{vae}"), "--workers", "0"]
+        assert main([*encode, "--autoencoder", str(tmp_path / vae / "vae"), "--text-encoder", str(encoder)]) == 0
+    for name, message in (("FLUX", "has no vector for the whole prompt"), ("Wan", "has a vector of width 16 for the")):
+        given = ["--base", tmp_path / name, "--data", tmp_path / f"latents-{name}", "--out", tmp_path / "run"]
+        assert message in said(capsys, "distill", *given)
     assert not (tmp_path / "run").exists()
 
 
 def test_images_are_no_clips(world: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name, folder = world
-    given = ["distill", "--base", str(folder / "base"), "--data", "moving-digits" if name in PICTURES else "digits"]
-    assert main([*given, "--out", str(tmp_path / "run")]) == 2
-    assert f"encode {'images' if name in PICTURES else 'clips'} with its own autoencoder" in capsys.readouterr().err
+    data = "moving-digits" if name in PICTURES else "digits"
+    line = said(capsys, "distill", "--base", folder / "base", "--data", data, "--out", tmp_path / "run")
+    assert f"takes latents of {'images' if name in PICTURES else 'clips'} with 4 channels" in line
+
+
+def test_guidance_that_a_base_does_not_take_is_refused(
+    world: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder = world
+    given = ["--base", folder / "base", "--data", folder / "latents", "--out", tmp_path / "run"]
+    assert "takes none as an input" in said(capsys, "distill", *given, "--guidance-scale", "7")
+
+
+def changed(source: Path, target: Path, file: str, text: str) -> Path:
+    shutil.copytree(source, target)
+    (target / file).write_text(text)
+    return target
+
+
+def test_damaged_bases(world: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, folder = world
+    given = ["--data", folder / "latents", "--out", tmp_path / "run"]
+    for i, file in enumerate(("model_index.json", "vae/config.json")):
+        base = changed(folder / "base", tmp_path / str(i), file, "{")
+        assert f"{file} is damaged" in said(capsys, "distill", "--base", base, *given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_versions_of_wan_that_distillation_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wan 2.2: two experts, or a time for each token."""
+    PIPELINES["Wan"](tmp_path / "parts")[0].save_pretrained(tmp_path / "base")
+    index = json.loads((tmp_path / "base/model_index.json").read_text())
+    for i, (change, message) in enumerate(
+        (({"boundary_ratio": 0.875}, "has two transformers"), ({"expand_timesteps": True}, "each token its own time"))
+    ):
+        base = changed(tmp_path / "base", tmp_path / str(i), "model_index.json", json.dumps(index | change))
+        assert message in said(capsys, "distill", "--base", base, "--data", "digits", "--out", tmp_path / "run")
+
+
+def test_what_prepare_encode_cannot_use(
+    world: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says so before it encodes anything, and leaves nothing behind."""
+    name, folder = world
+    source = str(folder / "pictures") if name in PICTURES else f"{folder / 'clips'}@5x64x64"
+    encode, own = ["prepare", "encode", source, tmp_path / "latents", "--workers", "0"], folder / "base/vae"
+    text = ["--autoencoder", own, "--text-encoder"]
+    assert "is no autoencoder whose scaling is known" in said(
+        capsys, *encode, "--autoencoder", folder / "base/transformer"
+    )
+    index = json.loads((folder / "base/model_index.json").read_text())
+    other = index["_class_name"].replace("Pipeline", "Img2ImgPipeline")
+    for i, (change, message) in enumerate(
+        (({"_class_name": None}, "is damaged: it names no class"), ({"_class_name": other}, "whose way with prompts"))
+    ):
+        base = changed(folder / "base", tmp_path / str(i), "model_index.json", json.dumps(index | change))
+        assert message in said(capsys, *encode, *text, base)
+    shutil.copytree(folder / "base", tmp_path / "bare")
+    shutil.rmtree(tmp_path / "bare/tokenizer")
+    assert "the text encoders of the pipeline" in said(capsys, *encode, *text, tmp_path / "bare")
+    if name == "Wan":
+        encode[2] = f"{folder / 'clips'}@4x64x64"
+        assert "clips have 4 frames, of which AutoencoderKLWan drops the last; take 5 frames" in said(
+            capsys, *encode, "--autoencoder", own
+        )
+    assert not (tmp_path / "latents").exists()
+
+
+def test_clips_are_not_for_an_autoencoder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    autoencoder().save_pretrained(tmp_path / "vae")
+    source = f"{save_clips(tmp_path / 'clips')}@5x64x64"
+    line = said(capsys, "prepare", "encode", source, tmp_path / "latents", "--autoencoder", tmp_path / "vae")
+    assert "AutoencoderKL cannot encode samples of shape (3, 5, 64, 64)" in line
+    assert not (tmp_path / "latents").exists()

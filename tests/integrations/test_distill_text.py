@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from elit.cli import main
+from elit.data import open_data
 from elit.training import ElasticConfig, Trainer
 from elit.training.distillation import RetrofitConfig, build_distillation
 from tests.helpers.pictures import smooth
@@ -21,7 +22,7 @@ from tests.helpers.small_pipelines import autoencoder, sd3_pipeline, t5
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 TEXT = 16
-CAPTIONS = ("a three", "handwritten four", "a handwritten three", "four")
+CAPTIONS = ("a three", "handwritten four", "A  handwritten THREE &amp; four", "four")  # pipelines clean prompts
 
 
 def captioned_pictures(folder: Path) -> Path:
@@ -87,6 +88,16 @@ def test_the_first_step_has_the_losses_of_a_plain_loop(world: Path, tmp_path: Pa
     (report,) = trainer
     assert report.loss == pytest.approx(np.mean(losses), rel=1e-4)
     assert report.terms["distance"] == pytest.approx(np.mean(distances), rel=1e-4)
+
+
+def test_captions_are_embedded_as_the_pipeline_does(world: Path) -> None:
+    pipe = diffusers.PixArtAlphaPipeline.from_pretrained(world / "base")
+    _, text = open_data(str(world / "latents")).batch(torch.arange(4))
+    with torch.no_grad():
+        for i, caption in enumerate(CAPTIONS):
+            how = {"do_classifier_free_guidance": False, "clean_caption": True}  # as its __call__ has it
+            tokens, mask, *_ = pipe.encode_prompt(caption, **how)
+            torch.testing.assert_close(text.tokens[i, text.mask[i]], tokens[0, mask[0].bool()])
 
 
 @pytest.mark.parametrize("trainable", ["interface+core-lora", "all"])
@@ -167,6 +178,17 @@ def test_a_base_that_predicts_velocities(sd3: Path, tmp_path: Path) -> None:
             losses.append(F.mse_loss(pipe.transformer(x_t, **given).sample, noise[i : i + 1] - x[i : i + 1]).item())
     assert report.loss == pytest.approx(np.mean(losses), rel=1e-4)
     assert report.terms == {"distillation": 0.0, "distance": 0.0}
+
+
+def test_pictures_beyond_the_positions_of_the_base(
+    sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(sd3 / "base", tmp_path / "base")
+    file = tmp_path / "base/transformer/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pos_embed_max_size": 3}))
+    given = ["distill", "--base", str(tmp_path / "base"), "--data", str(sd3 / "latents")]
+    assert main([*given, "--out", str(tmp_path / "run")]) == 2
+    assert "has samples of 8x8, and the base" in (said := capsys.readouterr().err) and "up to 6 a side" in said
 
 
 def test_stable_diffusion_3_samples_from_the_result(

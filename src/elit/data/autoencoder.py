@@ -1,6 +1,6 @@
 """Autoencoders of diffusers: images to latents and back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -38,8 +38,13 @@ def load_autoencoder(source: str | Path, channels: int | None = None, revision: 
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ElitError(f"there is no autoencoder at {source}; give a folder or a Hub id ({reason})") from error
-    found = autoencoder.config.get("latent_channels", autoencoder.config.get("z_dim"))
-    if found is None or channels not in (None, found):
+    config = autoencoder.config if isinstance(autoencoder.config, Mapping) else {}  # of transformers, it is none
+    found = config.get("latent_channels", config.get("z_dim"))
+    if found is None or not _has_scaling(config):
+        raise ElitError(
+            f"{source} holds a {type(autoencoder).__name__}, which is no autoencoder whose scaling is known"
+        )
+    if channels not in (None, found):
         raise ElitError(f"{source} has {found} latent channels; the model has {channels}")
     return autoencoder.eval().requires_grad_(False)
 
@@ -59,6 +64,13 @@ def scaling(config: Mapping[str, Any]) -> Scaling:
     if by_channel(config):
         return [1 / std for std in config["latents_std"]], list(config["latents_mean"])
     return config["scaling_factor"], config.get("shift_factor") or 0.0
+
+
+def _has_scaling(config: Mapping[str, Any]) -> bool:
+    if not by_channel(config):
+        return isinstance(config.get("scaling_factor"), int | float)
+    mean, std = (config.get(name) or () for name in ("latents_mean", "latents_std"))
+    return len(mean) == len(std) == config["z_dim"] and all(std)
 
 
 def by_channel(config: Mapping[str, Any]) -> bool:
@@ -92,8 +104,30 @@ def posterior(images: Tensor, autoencoder: Any) -> tuple[Tensor, Tensor]:
     (B, 3, T, H, W) to those of video (B, C, t, h, w)."""
     images = images.to(autoencoder.device, autoencoder.dtype)
     as_clips = by_channel(autoencoder.config) and images.dim() == 4
-    latents = autoencoder.encode(images.unsqueeze(2) if as_clips else images).latent_dist
+    encoded = autoencoder.encode(images.unsqueeze(2) if as_clips else images)
+    if not hasattr(encoded, "latent_dist"):
+        raise ElitError(f"{type(autoencoder).__name__} gives latents without their distribution; take the full one")
+    latents = encoded.latent_dist
     return (latents.mean.squeeze(2), latents.std.squeeze(2)) if as_clips else (latents.mean, latents.std)
+
+
+def latent_shape(shape: Sequence[int], autoencoder: Any) -> tuple[int, ...]:
+    """Returns the shape of the latents of one sample, an image (3, H, W) or a clip (3, T, H, W).
+
+    Raises:
+        ElitError: the autoencoder cannot encode such samples, or would drop frames.
+    """
+    kind, config = type(autoencoder).__name__, autoencoder.config
+    if by_channel(config) and len(shape) == 4:
+        of_latent = 2 ** sum(config["temperal_downsample"])  # frames, but one for the first latent
+        if (shape[1] - 1) % of_latent:
+            longer = shape[1] + -(shape[1] - 1) % of_latent
+            raise ElitError(f"clips have {shape[1]} frames, of which {kind} drops the last; take {longer} frames")
+    try:
+        return tuple(posterior(torch.zeros(1, *shape), autoencoder)[0].shape[1:])
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ElitError(f"{kind} cannot encode samples of shape {tuple(shape)} ({reason})") from error
 
 
 @torch.inference_mode()

@@ -45,6 +45,11 @@ class Captioned(StagedData):
         """The empty prompt, as the encoder embeds it."""
         return self.encode([""])
 
+    @property
+    def text_pooled(self) -> int:
+        """Width of the vector for the whole prompt, which is its first token; 0 where there is none."""
+        return getattr(self.encode, "pooled", 0)
+
     def read(self, indices: Tensor, seed: int | None = None) -> tuple[Any, tuple[str, ...], Tensor]:
         """Reads the samples, each different caption, and which of these belongs to each sample (B,)."""
         wanted = [self.captions[i] for i in indices.tolist()]

@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from elit.atomic import atomic_file, make_folder, write_json
 from elit.conditions import Text
-from elit.data.autoencoder import posterior, scaling
+from elit.data.autoencoder import latent_shape, posterior, scaling
 from elit.data.clips import ClipFolder
 from elit.data.folder import ImageFolder
 from elit.data.latents import INDEX, read_index
 from elit.data.pixels import from_uint8
 from elit.data.sources import fingerprint
+from elit.data.text import UNUSABLE
 from elit.digest import weights_digest
 from elit.errors import ElitError
 from elit.launch import rank_and_world_size
@@ -119,14 +120,18 @@ class Encoding:
             self.settings["stride"] = images.stride
         if text_encoder is not None:
             self.settings["text_encoder"] = text_encoder_name
+            self.settings["text_pooled"] = getattr(text_encoder, "pooled", 0)
         self.shards = [
             range(start, min(start + shard_size, len(images))) for start in range(0, len(images), shard_size)
         ]
         self._done = {shard for shard in range(len(self.shards)) if self._is_there(shard)}
         rank, processes = rank_and_world_size()
-        self.todo = [shard for shard in range(rank, len(self.shards), processes) if shard not in self._done]
+        self.todo: list[int] = [shard for shard in range(rank, len(self.shards), processes) if shard not in self._done]
 
     def __iter__(self) -> Iterator[EncodeReport]:
+        if self.todo:
+            latent_shape(self.images.shape, self.autoencoder)
+            self._check_text()
         make_folder(self.out)  # one that cannot be made is told before the work
         batches = {shard: self._batches(self.shards[shard]) for shard in self.todo}
         loader = iter(self._loader([batch for shard in self.todo for batch in batches[shard]]))
@@ -144,6 +149,16 @@ class Encoding:
                 yield EncodeReport(len(pixels), read - start, time.perf_counter() - read)
             self._write(shard, torch.cat(means), torch.cat(stds))
         self._write_index()
+
+    def _check_text(self) -> None:
+        """Embeds the empty prompt, which every shard holds: what is wrong is told before images are encoded."""
+        try:
+            is_there = self.text_encoder is None or bool(self.text_encoder([""]).mask.any())
+        except UNUSABLE as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ElitError(f"{self.settings['text_encoder']} cannot embed the empty prompt ({reason})") from error
+        if not is_there:
+            raise ElitError(f"{self.settings['text_encoder']} makes no token of the empty prompt")
 
     def _batches(self, images: range) -> list[range]:
         size = self.settings["batch_size"]

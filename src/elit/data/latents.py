@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from elit.conditions import Text
-from elit.data.autoencoder import Scaling, load_autoencoder, posterior, scaled, scaling
+from elit.data.autoencoder import Scaling, latent_shape, load_autoencoder, posterior, scaled, scaling
 from elit.data.captions import pad_prompts
 from elit.data.clips import ClipFolder
 from elit.data.dataset import StagedData
@@ -93,6 +93,7 @@ class LatentShards(LatentData):
                 raise ElitError(f"{file} holds {len(labels[shard])} images and the index has {count}; encode it again")
         self.labels = torch.cat(labels)
         self.text_encoder: str | None = index.get("text_encoder")
+        self.text_pooled: int = index.get("text_pooled", 0)
 
     def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Any]:
         """Returns scaled latents (B, C, h, w) and labels (B,), or the embedded captions where they are stored."""
@@ -162,6 +163,11 @@ def read_index(file: Path) -> dict[str, Any]:
     needed = {"shape", "num_classes", "scaling_factor", "shift_factor", "shards"}
     if not isinstance(index, dict) or not needed <= index.keys():
         raise ElitError(f"{file} is no index of latents: it lacks {', '.join(sorted(needed - set(index)))}")
+    channels = [index["shape"][0]] if isinstance(index["shape"], list) and index["shape"] else []
+    for value in (index["scaling_factor"], index["shift_factor"]):
+        numbers = value if isinstance(value, list) and [len(value)] == channels else [value]
+        if not all(type(each) in (int, float) for each in numbers):
+            raise ElitError(f"{file} is damaged: scale and shift are one number, or one for each channel")
     if not all(isinstance(shard, dict) and {"file", "count", "sha256"} <= shard.keys() for shard in index["shards"]):
         raise ElitError(f"{file} is damaged: a shard needs file, count and sha256; run elit prepare encode again")
     return index
@@ -279,7 +285,7 @@ class EncodedFolder(LatentData, StagedData):
 
     @cached_property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return tuple(self.moments(torch.tensor([0]))[0].shape[1:])
+        return latent_shape(self.images.shape, self.autoencoder)
 
     def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         return self._encode(self.images.read(indices)[0])

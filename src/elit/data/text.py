@@ -3,10 +3,11 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from elit.conditions import Text
@@ -15,6 +16,7 @@ from elit.errors import ElitError
 from elit.launch import default_device
 
 WORDS = "words"
+UNUSABLE = (ValueError, TypeError, ArithmeticError, RuntimeError)  # of encoders that lack something
 INDEX = "model_index.json"  # what a folder of a pipeline of diffusers has
 
 
@@ -27,23 +29,33 @@ def open_encoder(source: str | Path, device: torch.device | str | None = None) -
     """
     if source == WORDS:
         return WordVectors()
-    own_way = _pipeline_at(source) in PIPELINES
-    return PipelineEncoder(source, device) if own_way else TextEncoder(source, device=device)
+    kind = None if (index := pipeline_index(source)) is None else index["_class_name"]
+    if kind in PIPELINES:
+        return PipelineEncoder(source, device)
+    if kind is not None and kind.startswith(FAMILIES):
+        raise ElitError(
+            f"{source} is a {kind}, whose way with prompts is not known; give the folder of one of "
+            f"{', '.join(PIPELINES)}"
+        )
+    return TextEncoder(source, device=device)
 
 
-def _pipeline_at(source: str | Path) -> str | None:
-    """Returns the class of the pipeline in a folder; None where there is none.
+def pipeline_index(source: str | Path) -> dict[str, Any] | None:
+    """Reads the index of the pipeline in a local folder, which names its class and its parts; None where there is none.
 
     Raises:
-        ElitError: its index is damaged.
+        ElitError: it is damaged.
     """
-    index = Path(source) / INDEX
-    if not index.is_file():
+    file = Path(source) / INDEX
+    if not file.is_file():
         return None
     try:
-        return str(json.loads(index.read_text())["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ElitError(f"{index} is damaged; give the folder of a pipeline of diffusers, or a text encoder") from error
+        index = json.loads(file.read_text())
+        if isinstance(index["_class_name"], str):
+            return dict(index)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ElitError(f"{file} is damaged: it names no class of a pipeline; get the folder again")
 
 
 class TextEncoder:
@@ -76,7 +88,7 @@ class TextEncoder:
             # half of an encoder-decoder, as pipelines have it, has no weights of the other half
             kind = AutoModelForTextEncoding if any(name.endswith("EncoderModel") for name in saved) else AutoModel
             whole = kind.from_pretrained(source, subfolder=place[1])
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ElitError(f"there is no text encoder at {source}; give a folder or a Hub id ({reason})") from error
         if self.tokenizer.pad_token is None:
@@ -102,8 +114,7 @@ class TextEncoder:
 
 
 class PipelineEncoder:
-    """Encodes prompts with the text encoders of a pipeline of diffusers, as the pipeline does: those of Stable
-    Diffusion 3, FLUX and Qwen-Image.
+    """Encodes prompts with the text encoders of a pipeline of diffusers, as the pipeline does.
 
     Where a prompt has one vector for the whole beside its tokens (Stable Diffusion 3, FLUX), it stands before them as
     one token more, filled up with zeros to their width.
@@ -111,6 +122,9 @@ class PipelineEncoder:
     Args:
         source: the local folder of the pipeline.
         device: None is the GPU of the process, where there is one.
+
+    Attributes:
+        pooled: width of the vector for the whole prompt; 0 where there is none.
 
     Raises:
         ElitError: diffusers is not installed, or the encoders cannot be read.
@@ -121,46 +135,72 @@ class PipelineEncoder:
             from diffusers import DiffusionPipeline
         except ImportError as error:
             raise ElitError("pipelines need diffusers: pip install 'elit-diffusion[retrofit]'") from error
+        unused = {name: None for name in pipeline_index(source) or () if name.startswith(("transformer", "vae"))}
         try:
-            pipeline = DiffusionPipeline.from_pretrained(source, transformer=None, vae=None)
-        except (OSError, ValueError) as error:
+            pipeline = DiffusionPipeline.from_pretrained(source, **unused)
+            self.pipeline: Any = pipeline.to(default_device() if device is None else device)
+            self.embed = PIPELINES[type(pipeline).__name__]
+            _, pooled, _ = self.embed(self.pipeline, [""])
+        except (*UNUSABLE, OSError, AttributeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ElitError(f"cannot read the text encoders of the pipeline {source} ({reason})") from error
-        self.pipeline: Any = pipeline.to(default_device() if device is None else device)
-        self.embed = PIPELINES[type(pipeline).__name__]
+            raise ElitError(f"cannot use the text encoders of the pipeline {source} ({reason})") from error
+        self.pooled = 0 if pooled is None else pooled.shape[1]
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Text:
-        """Encodes prompts, all to the same length; ``[""]`` is the empty prompt."""
-        return self.embed(self.pipeline, list(prompts))
+        """Encodes prompts; ``[""]`` is the empty prompt."""
+        tokens, pooled, mask = self.embed(self.pipeline, list(prompts))
+        mask = torch.ones(tokens.shape[:2], device=tokens.device) if mask is None else mask
+        if pooled is not None:
+            first = F.pad(pooled, (0, tokens.shape[2] - pooled.shape[1]))
+            tokens, mask = torch.cat((first[:, None], tokens), dim=1), F.pad(mask, (1, 0), value=1)
+        return Text(tokens.float(), mask.bool())
 
 
-def _of_stable_diffusion_3(pipeline: Any, prompts: list[str]) -> Text:
+Embedded: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
+"""Tokens (B, L, D), the vectors for the whole (B, P) or None, and the mask (B, L); None where all tokens count."""
+
+
+@torch.no_grad()
+def _of_stable_diffusion_3(pipeline: Any, prompts: list[str]) -> Embedded:
     tokens, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
-    return _with_pooled(tokens, pooled)
+    return tokens, pooled, None
 
 
-def _of_flux(pipeline: Any, prompts: list[str]) -> Text:
+@torch.no_grad()
+def _of_flux(pipeline: Any, prompts: list[str]) -> Embedded:
     tokens, pooled, _ = pipeline.encode_prompt(prompts, None)
-    return _with_pooled(tokens, pooled)
+    return tokens, pooled, None
 
 
-def _of_qwen_image(pipeline: Any, prompts: list[str]) -> Text:
-    tokens, mask = pipeline.encode_prompt(prompts)  # no mask means that all tokens are there
-    mask = torch.ones(tokens.shape[:2], device=tokens.device) if mask is None else mask
-    return Text(tokens.float(), mask.bool())
+@torch.no_grad()
+def _of_qwen_image(pipeline: Any, prompts: list[str]) -> Embedded:
+    tokens, mask = pipeline.encode_prompt(prompts)
+    return tokens, None, mask
 
 
-def _with_pooled(tokens: Tensor, pooled: Tensor) -> Text:
-    """Puts the vector for the whole (B, P) before the tokens (B, L, D)."""
-    first = F.pad(pooled, (0, tokens.shape[2] - pooled.shape[1]))
-    together = torch.cat((first[:, None], tokens), dim=1).float()
-    return Text(together, torch.ones(together.shape[:2], dtype=torch.bool, device=together.device))
+@torch.no_grad()
+def _of_pixart(pipeline: Any, prompts: list[str]) -> Embedded:
+    cleaned = {"do_classifier_free_guidance": False, "clean_caption": True}
+    tokens, mask, *_ = pipeline.encode_prompt(prompts, **cleaned)
+    return tokens, None, mask
 
 
-PIPELINES: dict[str, Callable[[Any, list[str]], Text]] = {
+@torch.no_grad()
+def _of_wan(pipeline: Any, prompts: list[str]) -> Embedded:
+    tokens, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=512)
+    return tokens, None, tokens.ne(0).any(dim=2)  # it fills prompts up with zeros
+
+
+PIPELINES: dict[str, Callable[[Any, list[str]], Embedded]] = {
     "StableDiffusion3Pipeline": _of_stable_diffusion_3,
     "FluxPipeline": _of_flux,
     "QwenImagePipeline": _of_qwen_image,
+    "PixArtAlphaPipeline": _of_pixart,
+    "PixArtSigmaPipeline": _of_pixart,
+    "WanPipeline": _of_wan,
 }
-"""The pipelines that embed prompts in a way of their own. Of others, the first text encoder does it."""
+"""The pipelines whose way with prompts is known."""
+
+FAMILIES = ("StableDiffusion3", "Flux", "QwenImage", "PixArt", "Wan")
+"""How names of pipelines begin that have a way of their own. Of others, the first text encoder embeds prompts."""

@@ -360,7 +360,9 @@ class ElasticQwenImageTransformer2DModel(PackedMixin, ElasticMixin, QwenImageTra
         }
 
     def become_elastic(self, *args: Any, **settings: Any) -> None:
-        """Refuses the versions that edit pictures."""
+        """Refuses the versions that edit pictures, and those that are told their guidance."""
+        if self.config.guidance_embeds:
+            raise ElitError("a QwenImageTransformer2DModel with guidance_embeds cannot be run: diffusers refuses it")
         if self.config.zero_cond_t or self.config.use_layer3d_rope:
             raise ElitError(
                 "a QwenImageTransformer2DModel that edits pictures or makes layers cannot be made elastic: its image "

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.configuration_utils import ConfigMixin
 from safetensors import SafetensorError
 
 from elit.data.autoencoder import Scaling, scaling
+from elit.data.text import INDEX
 from elit.errors import ElitError
 from elit.integrations.elastic import ElasticMixin
 from elit.integrations.families import FAMILIES, refusal
@@ -115,15 +116,40 @@ def find_pretrained(source: str) -> Pretrained:
         raise ElitError(f"{source}: {refusal(name)}")
     parameters = signature(family.base.__init__).parameters.values()
     config = {each.name: each.default for each in parameters if each.default is not each.empty} | config
+    if subfolder is not None:
+        _check_pipeline(source)
     scheduler, autoencoder = (_config(source, part) if subfolder else None for part in ("scheduler", "vae"))
     return Pretrained(source, subfolder, family, config, scheduler, autoencoder)
 
 
+def _check_pipeline(source: str) -> None:
+    """Refuses pipelines that do with their transformer what distillation does not."""
+    try:
+        index = dict(DiffusionPipeline.load_config(source))
+    except (OSError, ValueError) as error:
+        if Path(source, INDEX).exists():
+            raise ElitError(f"{Path(source, INDEX)} is damaged; get the folder of the base again") from error
+        return  # parts of a pipeline without the whole
+    if index.get("boundary_ratio") is not None:
+        raise ElitError(
+            f"{source} has two transformers, each for its own noise levels; distillation is for pipelines of one"
+        )
+    if index.get("expand_timesteps"):
+        raise ElitError(f"{source} gives each token its own time, which an elastic model does not take")
+
+
 def _config(source: str, subfolder: str | None) -> dict[str, Any] | None:
-    """Reads the configuration of one part of a pipeline; None where there is none."""
+    """Reads the configuration of one part of a pipeline; None where there is none.
+
+    Raises:
+        ElitError: it is there and damaged.
+    """
     name = "scheduler_config.json" if subfolder == "scheduler" else "config.json"
     reader: Any = type("Reader", (ConfigMixin,), {"config_name": name})
+    file = Path(source, subfolder or "", name)
     try:
         return dict(reader.load_config(source, subfolder=subfolder))
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if file.exists():
+            raise ElitError(f"{file} is damaged; get the folder of the base again") from error
         return None

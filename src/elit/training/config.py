@@ -139,7 +139,7 @@ class RunConfig:
         data: name of the data set, or where it lies.
         resume: a run or checkpoint to start from where ``out`` has no checkpoint of its own yet.
         text_encoder: of captions: a text encoder of transformers (a folder or a Hub id), the folder of a pipeline of
-            diffusers, whose own it then is, or words, a random vector for each word.
+            diffusers, for its own text encoders, or words, a random vector for each word.
         flips: mirror half of the images at random; latents are mirrored when they are encoded.
         elit: at which budgets.
         optimizer: how.

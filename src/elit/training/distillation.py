@@ -22,8 +22,6 @@ from elit.training.build import Task
 from elit.training.config import OptimizerConfig, RunConfig
 from elit.training.objective import Objective
 
-CLIP_TOKENS = 77  # of every prompt, the empty one too, where CLIP is among the encoders
-
 if TYPE_CHECKING:  # these modules import diffusers
     from elit.integrations.noising import Noising
     from elit.integrations.pretrained import Pretrained
@@ -59,7 +57,7 @@ class DistillConfig(RunConfig):
         trainable: the weights that are trained. interface: Read and Write alone. interface+core-lora: also adapters
             (LoRA) of the core, which are merged into the result. all: every weight; the base is then held twice.
         lora_rank: of the adapters.
-        guidance_scale: what a base is told that takes the scale of guidance as an input (FLUX.1-dev).
+        guidance_scale: what a base is told that takes the scale of guidance as an input (FLUX.1-dev); by default 3.5.
         distillation: weight of the distance from the base in the loss, where 1 counts as much as the loss that the base
             was trained with; 0 is none.
         retrofit: where the interface is put.
@@ -72,7 +70,7 @@ class DistillConfig(RunConfig):
     out: str = "runs/distill"
     trainable: Literal["interface", "interface+core-lora", "all"] = "interface"
     lora_rank: int = 16
-    guidance_scale: float = 3.5
+    guidance_scale: float | None = None
     distillation: float = 1.0
     retrofit: RetrofitConfig = field(default_factory=RetrofitConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(warmup_steps=500))
@@ -152,7 +150,7 @@ def build_distillation(config: DistillConfig, data: Data) -> Task:
                 input_size=tuple(size),
                 num_classes=0 if empty is not None else base.config["num_embeds_ada_norm"],
                 lora_rank=config.lora_rank,
-                guidance_scale=config.guidance_scale,
+                guidance_scale=_guidance_scale(config, base),
                 empty_shape=None if empty is None else (len(empty), empty.shape[1]),
                 **_place(config),
             )
@@ -266,6 +264,12 @@ def _flow(config: DistillConfig, base: "Pretrained", data: Data, noising: Any) -
     return noising.PredictsNoise(data.shape, base.signal_levels())
 
 
+def _guidance_scale(config: DistillConfig, base: "Pretrained") -> float:
+    if config.guidance_scale is not None and not base.config.get("guidance_embeds"):
+        raise ElitError(f"guidance_scale is set, and the base {base.source} takes none as an input; leave it out")
+    return 3.5 if config.guidance_scale is None else config.guidance_scale
+
+
 def check_data(base: "Pretrained", data: Data, name: str) -> Tensor | None:
     """Checks that data are what a base draws, and returns the embedded empty prompt (L, D) of captions.
 
@@ -277,21 +281,26 @@ def check_data(base: "Pretrained", data: Data, name: str) -> Tensor | None:
     shape, samples = tuple(data.shape), "clips" if len(patch) == 3 else "images"
     if len(shape) != 1 + len(patch) or shape[0] != channels:
         raise ElitError(
-            f"{name} has samples of shape {shape}, and the base {base.source} takes {channels} channels: encode "
-            f"{samples} with its own autoencoder (elit prepare encode --autoencoder)"
+            f"{name} has samples of shape {shape}, and the base {base.source} takes latents of {samples} with "
+            f"{channels} channels: encode {samples} with its own autoencoder (elit prepare encode --autoencoder)"
         )
     scaling = getattr(data.data if isinstance(data, Captioned) else data, "scaling", None)  # of latents
     if scaling is not None and base.scaling is not None and tuple(scaling) != base.scaling:
         raise ElitError(
-            f"{name} has latents of another autoencoder than that of the base {base.source}: their scale and shift are "
-            f"{tuple(scaling)}, not {base.scaling}; encode images again (elit prepare encode --autoencoder)"
+            f"{name} has latents of another autoencoder than that of the base {base.source}, whose scale and shift are "
+            f"others; encode {samples} with its own (elit prepare encode --autoencoder)"
         )
     if kind == "DiTTransformer2DModel" and shape[1:] != (config["sample_size"],) * 2:
         side = config["sample_size"]
         raise ElitError(f"{name} has samples of {shape[1]}x{shape[2]}; the base {base.source} makes {side}x{side}")
+    size, of_patches = ("x".join(map(str, sides)) for sides in (shape[1:], patch))
     if any(side % of_patch for side, of_patch in zip(shape[1:], patch, strict=True)):
-        size, of_patches = ("x".join(map(str, sides)) for sides in (shape[1:], patch))
         raise ElitError(f"{name} has samples of {size}, which patches of {of_patches} do not tile")
+    most = config.get("pos_embed_max_size")  # of Stable Diffusion 3
+    if most is not None and max(shape[1:]) > most * patch[0]:
+        raise ElitError(
+            f"{name} has samples of {size}, and the base {base.source} knows positions up to {most * patch[0]} a side"
+        )
     if base.family.condition != "classes":
         return _check_captions(base, data, name)
     _check_classes(base, data, name)
@@ -317,13 +326,16 @@ def _check_captions(base: "Pretrained", data: Data, name: str) -> Tensor:
             f"{name} has text embeddings of width {empty.tokens.shape[2]}, and the base {base.source} takes {width}; "
             f"{remedy}"
         )
-    tokens = empty.tokens[0, empty.mask[0]]
-    if base.family.condition == "pooled captions" and len(tokens) <= CLIP_TOKENS:
+    pooled = base.config["pooled_projection_dim"] if base.family.condition == "pooled captions" else 0
+    found: int = getattr(data, "text_pooled", 0)
+    if found != pooled:
+        vector = "no vector for the whole prompt" if not found else f"a vector of width {found} for the whole prompt"
+        wanted = f"takes one of width {pooled}" if pooled else "takes none"
         raise ElitError(
-            f"{name} has text embeddings of one encoder, and the base {base.source} has several; embed captions with "
-            "elit prepare encode --text-encoder and the folder of its pipeline"
+            f"{name} has {vector}, and the base {base.source} {wanted}; embed captions with elit prepare encode "
+            "--text-encoder and the folder of its pipeline"
         )
-    return tokens
+    return empty.tokens[0, empty.mask[0]]
 
 
 def check_grid(student: "Student", data: Data) -> None:
