@@ -5,10 +5,10 @@ JOBS ?= 2  # processes that run tests
 
 .PHONY: quickstart demo test test-all lint clean
 
-quickstart: $(VENV)/.installed  ## train a small elastic model on scenes of real digits and open the trade-off (under 10 minutes)
+quickstart: $(VENV)/.installed  ## train a small elastic model on scenes of real digits and open the trade-off (5 minutes)
 	OMP_WAIT_POLICY=ACTIVE $(BIN)/elit quickstart --out runs/quickstart
 
-demo: $(VENV)/.installed  ## serve the model of the quickstart, which is trained first where there is none (5 minutes)
+demo: $(VENV)/.installed  ## serve the model of the quickstart, which is trained first where there is none (3 minutes)
 	OMP_WAIT_POLICY=ACTIVE $(BIN)/elit train --config configs/train/scenes.yaml --out runs/quickstart/run
 	$(BIN)/elit serve --model runs/quickstart/run --name digits --steps 16 --guidance ccfg --guidance-scale 2 \
 		--latency-objective-ms 2000
