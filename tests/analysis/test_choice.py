@@ -86,6 +86,14 @@ def test_the_plan_that_the_judge_likes_wins_and_those_far_from_it_leave_early(mo
     assert torch.cat(judge.seen).isfinite().all()
 
 
+def test_of_equally_good_plans_one_budget_wins(model: Model, plan: Plan) -> None:
+    """Budgets that change have to show that they are better. For the model 0.26 is 0.25: the samples are the same."""
+    constant = with_budgets(plan, 0.25, 0.25, error=0.2)
+    plans = {"changing": with_budgets(plan, 0.25, 0.26, error=0.1), "constant": constant}
+    chosen = choose(model, LABELS, plans, Likes(model, constant), num_samples=40)
+    assert chosen.choice is not None and chosen.choice["chosen"] == "constant"
+
+
 def test_of_equally_good_plans_the_nearest_to_the_full_model_wins(model: Model, plan: Plan) -> None:
     same = 1.0, 0.5
     plans = {"far": with_budgets(plan, *same, error=0.2), "near": with_budgets(plan, *same, error=0.1)}

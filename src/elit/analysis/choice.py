@@ -3,9 +3,9 @@
 All candidates are sampled from the same noise and labels, so that their scores differ by what the plans do, not by
 what the noise does. The race has rounds of a quarter, half and all of the samples. A candidate leaves it when its score
 is worse than the best one by more than :data:`DROPPED` standard errors of the difference (Maron & Moore 1994 call this
-racing). At the end, candidates within :data:`TIED` standard error of the best are taken for equally good, as is usual
-in model selection (Breiman et al. 1984), and the one of least predicted error among them is chosen: the nearest to
-the full model.
+racing). At the end, candidates within :data:`TIED` standard error of the best are taken for equally good, and the
+simplest of them is chosen, as is usual in model selection (Breiman et al. 1984): one budget for all steps before
+budgets that change, and then the one of least predicted error, the nearest to the full model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -89,7 +89,7 @@ def choose(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Plan:
-    """Chooses the plan whose samples score best, and of equally good ones the nearest to the full model.
+    """Chooses the plan whose samples score best, and of equally good ones the simplest.
 
     Args:
         labels: what to sample, taken in turn, such as all classes; None for an unconditional model.
@@ -128,9 +128,8 @@ def choose(
             racing = [each for each in racing if each.above <= DROPPED * each.standard_error]
             bar.total = bar.n + sum(each.plan.flops * (num_samples - count) for each in racing)
             bar.refresh()
-    chosen = min(
-        (each for each in racing if each.above <= TIED * each.standard_error), key=lambda each: each.plan.error
-    )
+    tied = [each for each in racing if each.above <= TIED * each.standard_error]
+    chosen = min(tied, key=lambda each: (len(set(each.plan.budgets)) > 1, each.plan.error))
     order = sorted(every, key=lambda each: (-each.samples, each.score))
     choice = {
         "score": judge.name,
