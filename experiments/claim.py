@@ -5,9 +5,9 @@
 
 The second is in docs/results/claim.md.
 
-The data are mosaics: 2x2 scenes of one class, each empty in half of all cases, 64x64 pixels in 256 tokens. So there is
-much redundancy: large empty regions beside dense ones. Quality is the Frechet distance of samples in the features of a
-classifier that was trained on mosaics, at the highest budget and with as many steps for all.
+The data are mosaics: by default 2x2 scenes of one class, each empty in half of all cases, 64x64 pixels in 256 tokens.
+So there is much redundancy: large empty regions beside dense ones. Quality is the Frechet distance of samples in the
+features of a classifier that was trained on mosaics, at the highest budget and with as many steps for all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -118,7 +118,7 @@ def run(
         seeds: trainings of every variant, with the seeds 0, 1, ...
         steps: of the plain transformer; the others take as many as have the same FLOPs.
         batch_size: mosaics of a step.
-        side: of a mosaic, in scenes; 2 are 256 tokens, and 4 are 1,024.
+        side: scenes on each side of a mosaic; 2 give 256 tokens, and 4 give 1,024.
         samples: of each training that are scored; 0 is none.
         guidance: scale of classifier-free guidance.
         out: where trainings, figure and numbers are kept.

@@ -127,18 +127,19 @@ class SelfDistillation(Objective):
         self, x: Tensor, y: Condition | None, draws: TrainingDraws, level: int, features: Tensor | None = None
     ) -> Tensor:
         """Returns the losses and the distances of samples, (2, B)."""
-        distances = [torch.zeros(len(x))]
+        distance = torch.zeros_like(draws.t)
 
         def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+            nonlocal distance
             predicted: Tensor = self.model(x_t, t, y=y, num_latents=level)
             if level < self.model.num_latents:
                 with torch.no_grad():
                     at_full = self.model(x_t, t, y=y, num_latents=self.model.num_latents)
-                distances.append((predicted - at_full).square().flatten(1).mean(1))
+                distance = (predicted - at_full).square().flatten(1).mean(1)
             return predicted
 
         loss = self.flow.loss(velocity, x, draws.t, draws.noise, draws.active)
-        return torch.stack((loss, distances[-1]))
+        return torch.stack((loss, distance))
 
 
 def config_of(scale: Scale, variants: Mapping[str, Variant], name: str, seed: int) -> TrainConfig:
@@ -256,7 +257,7 @@ def plot_curves(curves: Mapping[str, Sequence[Curve]], variants: Mapping[str, Va
     """Draws the loss at the highest budget over training FLOPs, and the loss at the end over the budget."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2))
     drawn = [name for name in curves if variants[name].shown] or list(curves)
-    for name, (colour, marker) in zip(drawn, STYLES, strict=False):
+    for number, (name, (colour, marker)) in enumerate(zip(drawn, STYLES, strict=False)):
         of_seeds = curves[name]
         highest = list(of_seeds[0].losses)[-1]
         means = [mean(losses) for losses in zip(*(curve.losses[highest] for curve in of_seeds), strict=True)]
@@ -265,7 +266,8 @@ def plot_curves(curves: Mapping[str, Sequence[Curve]], variants: Mapping[str, Va
         if len(budgets) > 1:
             ends = [interval(curve.losses[f"{budget:g}"][-1] for curve in of_seeds) for budget in budgets]
             style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "capsize": 3, "elinewidth": 1}
-            right.errorbar(budgets, [m for m, _ in ends], yerr=[half for _, half in ends], **style)
+            beside = [budget * 1.06 ** (number - len(drawn) / 2) for budget in budgets]  # no interval is hidden
+            right.errorbar(beside, [m for m, _ in ends], yerr=[half for _, half in ends], **style)
         else:
             right.axhline(means[-1], color=colour, linewidth=1, linestyle="--")
     left.set_xlabel("training FLOPs")

@@ -28,6 +28,7 @@ def test_attention_back_ends(family: Family) -> None:
     elastic, inputs = elastic_of(family), family.inputs(2)
     before = [predict(elastic, inputs, budget=budget) for budget in BUDGETS]
     elastic.set_attention_backend("_native_math")
+    assert {p._attention_backend for p in elastic.attn_processors.values()} == {"_native_math"}
     after = [predict(elastic, inputs, budget=budget) for budget in BUDGETS]
     for one, other in zip(before, after, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

@@ -131,8 +131,8 @@ class ServeOptions(GuidanceOptions, ModelOptions):
         """Reads the calibration, where there is one.
 
         Raises:
-            ElitError: it cannot be read, or is of another model, machine, solver or path, or with ``min_steps`` of
-                another guidance than that of requests.
+            ElitError: it cannot be read, is of another model, machine, solver or path, or, where ``min_steps`` is set,
+                was measured with another guidance.
         """
         if self.calibration is None:
             return None

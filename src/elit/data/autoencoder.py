@@ -61,37 +61,37 @@ def commit_of(source: str | Path, revision: str | None = None) -> str | None:
 
 def scaling(config: Mapping[str, Any]) -> Scaling:
     """Returns scale and shift of the latents of an autoencoder, given its configuration."""
-    if by_channel(config):
+    if is_causal_video(config):
         return [1 / std for std in config["latents_std"]], list(config["latents_mean"])
     return config["scaling_factor"], config.get("shift_factor") or 0.0
 
 
 def _has_scaling(config: Mapping[str, Any]) -> bool:
-    if not by_channel(config):
+    if not is_causal_video(config):
         return isinstance(config.get("scaling_factor"), int | float)
     mean, std = (config.get(name) or () for name in ("latents_mean", "latents_std"))
     return len(mean) == len(std) == config["z_dim"] and all(std)
 
 
-def by_channel(config: Mapping[str, Any]) -> bool:
-    """Tells whether an autoencoder is of Qwen-Image or Wan: it scales each channel, and takes a picture as a clip of
-    one frame."""
+def is_causal_video(config: Mapping[str, Any]) -> bool:
+    """Tells whether an autoencoder is one of video such as Wan's and Qwen-Image's, which encodes a picture as a clip of
+    one frame and scales each channel by itself."""
     return "z_dim" in config
 
 
 def scaled(latents: Tensor, scaling: Scaling) -> Tensor:
     """Returns latents (B, C, ...) as models see them."""
-    scale, shift = (_like(value, latents) for value in scaling)
+    scale, shift = (_per_channel(value, latents) for value in scaling)
     return (latents - shift) * scale
 
 
 def unscaled(latents: Tensor, scaling: Scaling) -> Tensor:
     """Returns latents (B, C, ...) as the autoencoder sees them: undoes :func:`scaled`."""
-    scale, shift = (_like(value, latents) for value in scaling)
+    scale, shift = (_per_channel(value, latents) for value in scaling)
     return latents / scale + shift
 
 
-def _like(value: float | list[float], latents: Tensor) -> float | Tensor:
+def _per_channel(value: float | list[float], latents: Tensor) -> float | Tensor:
     """Returns numbers for channels in a shape that multiplies latents (B, C, ...); one for all as it is."""
     if isinstance(value, list):
         return torch.tensor(value, dtype=latents.dtype, device=latents.device).view(-1, *(1,) * (latents.dim() - 2))
@@ -103,7 +103,7 @@ def posterior(images: Tensor, autoencoder: Any) -> tuple[Tensor, Tensor]:
     """Encodes images (B, 3, H, W) in [-1, 1] to mean and standard deviation (B, C, h, w) of latents, not scaled; clips
     (B, 3, T, H, W) to those of video (B, C, t, h, w)."""
     images = images.to(autoencoder.device, autoencoder.dtype)
-    as_clips = by_channel(autoencoder.config) and images.dim() == 4
+    as_clips = is_causal_video(autoencoder.config) and images.dim() == 4
     encoded = autoencoder.encode(images.unsqueeze(2) if as_clips else images)
     if not hasattr(encoded, "latent_dist"):
         raise ElitError(f"{type(autoencoder).__name__} gives latents without their distribution; take the full one")
@@ -118,13 +118,18 @@ def latent_shape(shape: Sequence[int], autoencoder: Any) -> tuple[int, ...]:
         ElitError: the autoencoder cannot encode such samples, or would drop frames.
     """
     kind, config = type(autoencoder).__name__, autoencoder.config
-    if by_channel(config) and len(shape) == 4:
+    if is_causal_video(config) and len(shape) == 4:
         of_latent = 2 ** sum(config["temperal_downsample"])  # frames, but one for the first latent
         if (shape[1] - 1) % of_latent:
             longer = shape[1] + -(shape[1] - 1) % of_latent
-            raise ElitError(f"clips have {shape[1]} frames, of which {kind} drops the last; take {longer} frames")
+            dropped = (shape[1] - 1) % of_latent
+            raise ElitError(
+                f"clips have {shape[1]} frames, of which {kind} drops the last {dropped}; take {longer} frames"
+            )
     try:
         return tuple(posterior(torch.zeros(1, *shape), autoencoder)[0].shape[1:])
+    except ElitError:
+        raise
     except (ValueError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ElitError(f"{kind} cannot encode samples of shape {tuple(shape)} ({reason})") from error
@@ -143,6 +148,6 @@ def decode(latents: Tensor, autoencoder: Any, batch_size: int = 8) -> Tensor:
 def decode_batch(latents: Tensor, autoencoder: Any) -> Tensor:
     """Does what :func:`decode` says, all at once; gradients flow, and graphs can be traced."""
     latents = unscaled(latents, scaling(autoencoder.config)).to(autoencoder.dtype)
-    if by_channel(autoencoder.config) and latents.dim() == 4:
+    if is_causal_video(autoencoder.config) and latents.dim() == 4:
         return autoencoder.decode(latents.unsqueeze(2)).sample.squeeze(2)
     return autoencoder.decode(latents).sample

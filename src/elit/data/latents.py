@@ -93,7 +93,7 @@ class LatentShards(LatentData):
                 raise ElitError(f"{file} holds {len(labels[shard])} images and the index has {count}; encode it again")
         self.labels = torch.cat(labels)
         self.text_encoder: str | None = index.get("text_encoder")
-        self.text_pooled: int = index.get("text_pooled", 0)
+        self.text_pooled: int | None = index.get("text_pooled")  # width of the vector for the whole prompt; 0 is none
 
     def batch(self, indices: Tensor, seed: int | None = None) -> tuple[Tensor, Any]:
         """Returns scaled latents (B, C, h, w) and labels (B,), or the embedded captions where they are stored."""

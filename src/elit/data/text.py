@@ -17,7 +17,7 @@ from elit.launch import default_device
 
 WORDS = "words"
 UNUSABLE = (ValueError, TypeError, ArithmeticError, RuntimeError)  # of encoders that lack something
-INDEX = "model_index.json"  # what a folder of a pipeline of diffusers has
+PIPELINE_INDEX = "model_index.json"  # what a folder of a pipeline of diffusers has
 
 
 def open_encoder(source: str | Path, device: torch.device | str | None = None) -> Callable[[Sequence[str]], Text]:
@@ -32,7 +32,7 @@ def open_encoder(source: str | Path, device: torch.device | str | None = None) -
     kind = None if (index := pipeline_index(source)) is None else index["_class_name"]
     if kind in PIPELINES:
         return PipelineEncoder(source, device)
-    if kind is not None and kind.startswith(FAMILIES):
+    if kind is not None and kind.startswith(PREFIXES):
         raise ElitError(
             f"{source} is a {kind}, whose way with prompts is not known; give the folder of one of "
             f"{', '.join(PIPELINES)}"
@@ -46,7 +46,7 @@ def pipeline_index(source: str | Path) -> dict[str, Any] | None:
     Raises:
         ElitError: it is damaged.
     """
-    file = Path(source) / INDEX
+    file = Path(source) / PIPELINE_INDEX
     if not file.is_file():
         return None
     try:
@@ -81,7 +81,7 @@ class TextEncoder:
             from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
         except ImportError as error:
             raise ElitError("text encoders need transformers: pip install 'elit-diffusion[text]'") from error
-        place = ("tokenizer", "text_encoder") if (Path(source) / INDEX).is_file() else ("", "")
+        place = ("tokenizer", "text_encoder") if (Path(source) / PIPELINE_INDEX).is_file() else ("", "")
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(source, subfolder=place[0])
             saved = AutoConfig.from_pretrained(source, subfolder=place[1]).architectures or ()
@@ -175,7 +175,7 @@ def _of_flux(pipeline: Any, prompts: list[str]) -> Embedded:
 
 @torch.no_grad()
 def _of_qwen_image(pipeline: Any, prompts: list[str]) -> Embedded:
-    tokens, mask = pipeline.encode_prompt(prompts)
+    tokens, mask = pipeline.encode_prompt(prompts, max_sequence_length=512)
     return tokens, None, mask
 
 
@@ -202,5 +202,5 @@ PIPELINES: dict[str, Callable[[Any, list[str]], Embedded]] = {
 }
 """The pipelines whose way with prompts is known."""
 
-FAMILIES = ("StableDiffusion3", "Flux", "QwenImage", "PixArt", "Wan")
+PREFIXES = ("StableDiffusion3", "Flux", "QwenImage", "PixArt", "Wan")
 """How names of pipelines begin that have a way of their own. Of others, the first text encoder embeds prompts."""

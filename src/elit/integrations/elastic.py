@@ -317,8 +317,8 @@ class ElasticMixin:
 
     @classmethod
     def data_of(cls, config: Mapping[str, Any]) -> tuple[int, tuple[int, ...]]:
-        """Returns the channels of the data of a base, given its configuration, and the sides of what becomes a token:
-        two of images, three of video."""
+        """Returns the channels of the data of a base and its patch size, two numbers for images and three for video,
+        given its configuration."""
         return config["in_channels"], (config["patch_size"], config["patch_size"])
 
     def inputs(self, x: Tensor, timestep: Tensor, y: Condition) -> dict[str, Any]:
@@ -326,7 +326,7 @@ class ElasticMixin:
         raise NotImplementedError
 
     def prediction(self, output: Tensor, x: Tensor) -> Tensor:
-        """Returns what a forward predicted for noisy data x as the data lie, given its output."""
+        """Returns the output of a forward in the layout of the noisy data x."""
         return output
 
     # -------------------------------------------------------------------------------------------- a forward

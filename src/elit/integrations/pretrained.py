@@ -10,7 +10,7 @@ from diffusers.configuration_utils import ConfigMixin
 from safetensors import SafetensorError
 
 from elit.data.autoencoder import Scaling, scaling
-from elit.data.text import INDEX
+from elit.data.text import PIPELINE_INDEX
 from elit.errors import ElitError
 from elit.integrations.elastic import ElasticMixin
 from elit.integrations.families import FAMILIES, refusal
@@ -127,8 +127,8 @@ def _check_pipeline(source: str) -> None:
     try:
         index = dict(DiffusionPipeline.load_config(source))
     except (OSError, ValueError) as error:
-        if Path(source, INDEX).exists():
-            raise ElitError(f"{Path(source, INDEX)} is damaged; get the folder of the base again") from error
+        if Path(source, PIPELINE_INDEX).exists():
+            raise ElitError(f"{Path(source, PIPELINE_INDEX)} is damaged; get the folder of the base again") from error
         return  # parts of a pipeline without the whole
     if index.get("boundary_ratio") is not None:
         raise ElitError(

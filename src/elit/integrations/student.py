@@ -34,7 +34,7 @@ class StudentConfig:
         in_channels, input_size: of its data, (H, W), or of video (T, H, W).
         num_classes: of its base, whose label ``num_classes`` is "no class"; 0 for a base of captions.
         lora_rank: of the adapters of its core, where they are trained.
-        guidance_scale: what a base is told that takes it as an input (FLUX.1-dev).
+        guidance_scale: what a base is told that takes it as an input (FLUX.1-dev); None for all others.
         empty_shape: of the embedded empty prompt, tokens and width; None for a base of classes.
         read_after, write_after, group_size, min_latents, start: see :func:`elit.elastify`.
     """
@@ -45,7 +45,7 @@ class StudentConfig:
     input_size: tuple[int, ...]
     num_classes: int
     lora_rank: int = 16
-    guidance_scale: float = 3.5
+    guidance_scale: float | None = None
     empty_shape: tuple[int, int] | None = None
     read_after: int | None = None
     write_after: int | None = None
@@ -115,7 +115,8 @@ class Student(Model):
         """Predicts what the base does.
 
         Args:
-            teacher: the base; None runs the student without interface and adapters, if all else of it is frozen.
+            teacher: the base; None runs the student itself without interface and adapters, which is the base as long as
+                its other weights are frozen.
         """
         if teacher is not None:
             return self.predict(teacher, x, t, y)
@@ -123,7 +124,7 @@ class Student(Model):
             return self.predict(self.transformer, x, t, y, layout=AS_BASE)
 
     def predict(self, transformer: nn.Module, x: Tensor, t: Tensor, y: Condition, **how: Any) -> Tensor:
-        """Runs the elastic transformer or its base: as :meth:`forward`."""
+        """Runs a transformer, elastic or its base, and returns its prediction in the layout of x."""
         output = transformer(**self.inputs(x, t, y), **how, return_dict=False)[0]
         return self.transformer.prediction(output, x)
 
@@ -131,7 +132,7 @@ class Student(Model):
         """Returns the arguments of a forward of the base."""
         timestep = t if self.transformer.predicts == "noise" else t * self.transformer.timesteps
         given = self.transformer.inputs(x, timestep, y)
-        if getattr(self.transformer.config, "guidance_embeds", False):
+        if self.config.guidance_scale is not None:
             given["guidance"] = torch.full_like(t, self.config.guidance_scale)
         return given
 

@@ -22,6 +22,8 @@ from elit.training.build import Task
 from elit.training.config import OptimizerConfig, RunConfig
 from elit.training.objective import Objective
 
+GUIDANCE_SCALE = 3.5  # of the pipeline of FLUX
+
 if TYPE_CHECKING:  # these modules import diffusers
     from elit.integrations.noising import Noising
     from elit.integrations.pretrained import Pretrained
@@ -264,10 +266,12 @@ def _flow(config: DistillConfig, base: "Pretrained", data: Data, noising: Any) -
     return noising.PredictsNoise(data.shape, base.signal_levels())
 
 
-def _guidance_scale(config: DistillConfig, base: "Pretrained") -> float:
-    if config.guidance_scale is not None and not base.config.get("guidance_embeds"):
+def _guidance_scale(config: DistillConfig, base: "Pretrained") -> float | None:
+    if base.config.get("guidance_embeds"):
+        return GUIDANCE_SCALE if config.guidance_scale is None else config.guidance_scale
+    if config.guidance_scale is not None:
         raise ElitError(f"guidance_scale is set, and the base {base.source} takes none as an input; leave it out")
-    return 3.5 if config.guidance_scale is None else config.guidance_scale
+    return None
 
 
 def check_data(base: "Pretrained", data: Data, name: str) -> Tensor | None:
@@ -327,7 +331,11 @@ def _check_captions(base: "Pretrained", data: Data, name: str) -> Tensor:
             f"{remedy}"
         )
     pooled = base.config["pooled_projection_dim"] if base.family.condition == "pooled captions" else 0
-    found: int = getattr(data, "text_pooled", 0)
+    found: int | None = getattr(data, "text_pooled", 0)
+    if found is None:
+        raise ElitError(
+            f"{name} was encoded by an earlier version, which did not keep of which kind prompts are; {remedy}"
+        )
     if found != pooled:
         vector = "no vector for the whole prompt" if not found else f"a vector of width {found} for the whole prompt"
         wanted = f"takes one of width {pooled}" if pooled else "takes none"
