@@ -121,7 +121,7 @@ class PipelineEncoder:
 
     Args:
         source: the local folder of the pipeline.
-        device: None is the GPU of the process, where there is one.
+        device: None is the GPU of the process, where there is one. There the encoders are bf16, elsewhere float32.
 
     Attributes:
         pooled: width of the vector for the whole prompt; 0 where there is none.
@@ -135,10 +135,12 @@ class PipelineEncoder:
             from diffusers import DiffusionPipeline
         except ImportError as error:
             raise ElitError("pipelines need diffusers: pip install 'elit-diffusion[retrofit]'") from error
+        device = torch.device(default_device() if device is None else device)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # in which such pipelines are run
         unused = {name: None for name in pipeline_index(source) or () if name.startswith(("transformer", "vae"))}
         try:
             pipeline = DiffusionPipeline.from_pretrained(source, **unused)
-            self.pipeline: Any = pipeline.to(default_device() if device is None else device)
+            self.pipeline: Any = pipeline.to(device, dtype)
             self.embed = PIPELINES[type(pipeline).__name__]
             _, pooled, _ = self.embed(self.pipeline, [""])
         except (*UNUSABLE, OSError, AttributeError, SafetensorError) as error:
