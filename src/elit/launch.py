@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from elit.atomic import make_folder
-from elit.errors import ElitError
+from elit.errors import ElitError, first_line
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of weights
@@ -46,7 +46,7 @@ def default_device(name: torch.device | str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ElitError(f"there is no device {name!r} here ({str(error).splitlines()[0]})") from error
+        raise ElitError(f"there is no device {name!r} here ({first_line(error)})") from error
     return device
 
 

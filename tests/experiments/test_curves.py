@@ -6,11 +6,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import at_scale
 import pytest
 import torch
 from torch import Tensor
 
+import at_scale
 import claim
 import learning
 from curves import OutOfTimeError, Scale, SelfDistillation, config_of, forward_flops, train, train_all

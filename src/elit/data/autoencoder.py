@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from elit.errors import ElitError
+from elit.errors import ElitError, first_line
 
 Scaling: TypeAlias = tuple[float, float] | tuple[list[float], list[float]]
 """Scale and shift of latents: models see ``(latents - shift) * scale``. Lists have a number for each channel."""
@@ -36,7 +36,7 @@ def load_autoencoder(source: str | Path, channels: int | None = None, revision: 
     try:
         autoencoder = AutoModel.from_pretrained(repository, subfolder=folder or None, revision=revision)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ElitError(f"there is no autoencoder at {source}; give a folder or a Hub id ({reason})") from error
     config = autoencoder.config if isinstance(autoencoder.config, Mapping) else {}  # of transformers, it is none
     found = config.get("latent_channels", config.get("z_dim"))
@@ -120,9 +120,9 @@ def latent_shape(shape: Sequence[int], autoencoder: Any) -> tuple[int, ...]:
     kind, config = type(autoencoder).__name__, autoencoder.config
     if is_causal_video(config) and len(shape) == 4:
         of_latent = 2 ** sum(config["temperal_downsample"])  # frames, but one for the first latent
-        if (shape[1] - 1) % of_latent:
-            longer = shape[1] + -(shape[1] - 1) % of_latent
-            dropped = (shape[1] - 1) % of_latent
+        dropped = (shape[1] - 1) % of_latent
+        if dropped:
+            longer = shape[1] - dropped + of_latent
             raise ElitError(
                 f"clips have {shape[1]} frames, of which {kind} drops the last {dropped}; take {longer} frames"
             )
@@ -131,7 +131,7 @@ def latent_shape(shape: Sequence[int], autoencoder: Any) -> tuple[int, ...]:
     except ElitError:
         raise
     except (ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ElitError(f"{kind} cannot encode samples of shape {tuple(shape)} ({reason})") from error
 
 

@@ -24,7 +24,7 @@ from elit.data.pixels import from_uint8
 from elit.data.sources import fingerprint
 from elit.data.text import UNUSABLE
 from elit.digest import weights_digest
-from elit.errors import ElitError
+from elit.errors import ElitError, first_line
 from elit.launch import rank_and_world_size
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -126,7 +126,7 @@ class Encoding:
         ]
         self._done = {shard for shard in range(len(self.shards)) if self._is_there(shard)}
         rank, processes = rank_and_world_size()
-        self.todo: list[int] = [shard for shard in range(rank, len(self.shards), processes) if shard not in self._done]
+        self.todo = [shard for shard in range(rank, len(self.shards), processes) if shard not in self._done]
 
     def __iter__(self) -> Iterator[EncodeReport]:
         if self.todo:
@@ -155,7 +155,7 @@ class Encoding:
         try:
             is_there = self.text_encoder is None or bool(self.text_encoder([""]).mask.any())
         except UNUSABLE as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise ElitError(f"{self.settings['text_encoder']} cannot embed the empty prompt ({reason})") from error
         if not is_there:
             raise ElitError(f"{self.settings['text_encoder']} makes no token of the empty prompt")

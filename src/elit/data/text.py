@@ -12,11 +12,12 @@ from torch import Tensor
 
 from elit.conditions import Text
 from elit.data.captions import WordVectors
-from elit.errors import ElitError
+from elit.errors import ElitError, first_line
 from elit.launch import default_device
 
 WORDS = "words"
-UNUSABLE = (ValueError, TypeError, ArithmeticError, RuntimeError)  # of encoders that lack something
+UNUSABLE = (ValueError, TypeError, ArithmeticError, RuntimeError)  # what encoders raise when a part is missing
+WAN_TOKENS = 512  # to which the pipeline of Wan fills up every prompt
 PIPELINE_INDEX = "model_index.json"  # what a folder of a pipeline of diffusers has
 
 
@@ -89,7 +90,7 @@ class TextEncoder:
             kind = AutoModelForTextEncoding if any(name.endswith("EncoderModel") for name in saved) else AutoModel
             whole = kind.from_pretrained(source, subfolder=place[1])
         except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise ElitError(f"there is no text encoder at {source}; give a folder or a Hub id ({reason})") from error
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -139,19 +140,20 @@ class PipelineEncoder:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # in which such pipelines are run
         unused = {name: None for name in pipeline_index(source) or () if name.startswith(("transformer", "vae"))}
         try:
-            pipeline = DiffusionPipeline.from_pretrained(source, **unused)
-            self.pipeline: Any = pipeline.to(device, dtype)
-            self.embed = PIPELINES[type(pipeline).__name__]
-            _, pooled, _ = self.embed(self.pipeline, [""])
+            self.pipeline: Any = DiffusionPipeline.from_pretrained(source, **unused).to(device, dtype)
+            _, pooled, _ = self._embed([""])
         except (*UNUSABLE, OSError, AttributeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise ElitError(f"cannot use the text encoders of the pipeline {source} ({reason})") from error
         self.pooled = 0 if pooled is None else pooled.shape[1]
 
     @torch.no_grad()
+    def _embed(self, prompts: Sequence[str]) -> "Embedded":
+        return PIPELINES[type(self.pipeline).__name__](self.pipeline, list(prompts))
+
     def __call__(self, prompts: Sequence[str]) -> Text:
         """Encodes prompts; ``[""]`` is the empty prompt."""
-        tokens, pooled, mask = self.embed(self.pipeline, list(prompts))
+        tokens, pooled, mask = self._embed(prompts)
         mask = torch.ones(tokens.shape[:2], device=tokens.device) if mask is None else mask
         if pooled is not None:
             first = F.pad(pooled, (0, tokens.shape[2] - pooled.shape[1]))
@@ -163,34 +165,29 @@ Embedded: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
 """Tokens (B, L, D), the vectors for the whole (B, P) or None, and the mask (B, L); None where all tokens count."""
 
 
-@torch.no_grad()
 def _of_stable_diffusion_3(pipeline: Any, prompts: list[str]) -> Embedded:
     tokens, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
     return tokens, pooled, None
 
 
-@torch.no_grad()
 def _of_flux(pipeline: Any, prompts: list[str]) -> Embedded:
     tokens, pooled, _ = pipeline.encode_prompt(prompts, None)
     return tokens, pooled, None
 
 
-@torch.no_grad()
 def _of_qwen_image(pipeline: Any, prompts: list[str]) -> Embedded:
     tokens, mask = pipeline.encode_prompt(prompts, max_sequence_length=512)
     return tokens, None, mask
 
 
-@torch.no_grad()
 def _of_pixart(pipeline: Any, prompts: list[str]) -> Embedded:
     cleaned = {"do_classifier_free_guidance": False, "clean_caption": True}
     tokens, mask, *_ = pipeline.encode_prompt(prompts, **cleaned)
     return tokens, None, mask
 
 
-@torch.no_grad()
 def _of_wan(pipeline: Any, prompts: list[str]) -> Embedded:
-    tokens, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=512)
+    tokens, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=WAN_TOKENS)
     return tokens, None, tokens.ne(0).any(dim=2)  # it fills prompts up with zeros
 
 
@@ -205,4 +202,5 @@ PIPELINES: dict[str, Callable[[Any, list[str]], Embedded]] = {
 """The pipelines whose way with prompts is known."""
 
 PREFIXES = ("StableDiffusion3", "Flux", "QwenImage", "PixArt", "Wan")
-"""How names of pipelines begin that have a way of their own. Of others, the first text encoder embeds prompts."""
+"""How the class names of these pipelines begin. Others with such a name are refused; of all the rest, the first text
+encoder embeds prompts."""

@@ -18,7 +18,7 @@ from elit.data import EMBEDDED, open_data
 from elit.data.pixels import from_uint8
 from elit.data.remote import cache_folder
 from elit.digest import weights_digest
-from elit.errors import ElitError
+from elit.errors import ElitError, first_line
 from elit.evaluation.classifier import Classifier, train_classifier
 from elit.tensors import load_weights, read_tensors, write_tensors
 
@@ -212,7 +212,7 @@ def load_dinov2(source: str | Path, option: str) -> Any:
     except Exception as error:  # it raises several kinds, also those of safetensors and of the Hub
         raise ElitError(
             f"there are no weights of DINOv2 at {source}; give the folder of config.json and model.safetensors, such "
-            f"as those of {DINO}, with --{option} ({str(error).strip().splitlines()[0]})"
+            f"as those of {DINO}, with --{option} ({first_line(error)})"
         ) from error
     network, report = loaded
     if report["missing_keys"]:

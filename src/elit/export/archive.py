@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from elit.atomic import atomic_file
-from elit.errors import ElitError
+from elit.errors import ElitError, first_line
 from elit.export.metadata import KEY
 
 Run = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
@@ -73,7 +73,7 @@ def save_package(program: ExportedProgram, path: Path, metadata: str) -> None:
         try:
             aoti_compile_and_package(program, package_path=str(temporary))
         except (InvalidCxxCompiler, CppCompileError) as error:
-            raise ElitError(f"a package needs a C++ compiler, such as g++ ({_first_line(error)})") from error
+            raise ElitError(f"a package needs a C++ compiler, such as g++ ({_first_sentence(error)})") from error
         with zipfile.ZipFile(temporary, "a") as package:
             root = package.namelist()[0].partition("/")[0]
             package.writestr(f"{root}/extra/{EXTRA}", metadata)
@@ -106,7 +106,9 @@ def load_program(path: Path, device: torch.device) -> Run:
             program = move_to_device_pass(program, device)
         module = program.module(check_guards=False)  # its caller checks the inputs
     except Exception as error:  # of any kind, for a file may be damaged anywhere
-        raise ElitError(f"{path} is damaged, or another version of PyTorch wrote it ({_first_line(error)})") from error
+        raise ElitError(
+            f"{path} is damaged, or another version of PyTorch wrote it ({_first_sentence(error)})"
+        ) from error
 
     def run(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         return tuple(module(**inputs))
@@ -133,7 +135,7 @@ def load_package(path: Path) -> Run:
     except ElitError:
         raise
     except Exception as error:
-        raise ElitError(f"{path} is damaged, or a package for another machine ({_first_line(error)})") from error
+        raise ElitError(f"{path} is damaged, or a package for another machine ({_first_sentence(error)})") from error
 
     def run(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         return tuple(package.boxed_run([inputs[name] for name in order]))
@@ -219,8 +221,8 @@ def _opened(path: Path) -> Iterator[torch._C.PyTorchFileReader]:
     except ElitError:
         raise
     except Exception as error:  # the reader has its own kinds
-        raise ElitError(f"{path} is damaged or no exported file ({_first_line(error)})") from error
+        raise ElitError(f"{path} is damaged or no exported file ({_first_sentence(error)})") from error
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0][:200]
+def _first_sentence(error: BaseException) -> str:
+    return first_line(error).partition(". ")[0][:200]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from elit.atomic import atomic_file, make_folder
-from elit.errors import ElitError
+from elit.errors import ElitError, first_line
 from elit.export.archive import Run
 from elit.export.metadata import KEY
 
@@ -184,7 +184,7 @@ def load(path: Path, device: torch.device) -> Run:
     try:
         session = runtime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # its exceptions have no common class
-        raise ElitError(f"{path} is damaged, or ONNX Runtime cannot run it ({str(error).splitlines()[0]})") from error
+        raise ElitError(f"{path} is damaged, or ONNX Runtime cannot run it ({first_line(error)})") from error
 
     def run(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         outputs = session.run(None, {name: value.cpu().numpy() for name, value in inputs.items()})

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from elit.conditions import Condition
-from elit.errors import ElitError
+from elit.errors import ElitError, first_line
 from elit.interface import Layout, RetrofitInterface, check_budget, to_level, triple
 from elit.interface.grid import Triple
 from elit.interface.retrofit import Start
@@ -245,7 +245,7 @@ class ElasticMixin:
             if found.get("_class_name") == cls.__name__:
                 return above.from_pretrained(pretrained_model_name_or_path, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise ElitError(f"cannot load an elastic model from {pretrained_model_name_or_path}: {reason}") from error
         raise ElitError(
             f"{pretrained_model_name_or_path} holds a {found.get('_class_name')}, not a {cls.__name__}; load it with "

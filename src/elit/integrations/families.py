@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from elit.conditions import Condition, Text
+from elit.data.text import WAN_TOKENS
 from elit.errors import ElitError
 from elit.integrations.elastic import Call, ElasticBlock, ElasticMixin, taken
 from elit.interface.grid import Triple
@@ -35,7 +36,6 @@ CONTROLNET = "residuals of a ControlNet belong to all tokens, and the core has l
 SKIPPED = "Read and Write belong to blocks that would be skipped"
 MASKED = "a mask over all tokens does not fit latents"
 PIXELS_PER_LATENT = 8  # of the autoencoder of PixArt
-TOKENS_OF_WAN = 512  # of every prompt
 
 
 # ------------------------------------------------------------------------------------------------ DiT
@@ -430,8 +430,8 @@ class ElasticWanTransformer3DModel(ElasticMixin, WanTransformer3DModel):
     def inputs(self, x: Tensor, timestep: Tensor, y: Condition) -> dict[str, Any]:
         """Returns what a forward is given, with text y, which its pipeline fills up with zeros and does not mask."""
         assert isinstance(y, Text)
-        tokens = (y.tokens * y.mask[:, :, None])[:, :TOKENS_OF_WAN]
-        text = F.pad(tokens, (0, 0, 0, TOKENS_OF_WAN - tokens.shape[1]))
+        tokens = (y.tokens * y.mask[:, :, None])[:, :WAN_TOKENS]
+        text = F.pad(tokens, (0, 0, 0, WAN_TOKENS - tokens.shape[1]))
         return {"hidden_states": x, "encoder_hidden_states": text, "timestep": timestep}
 
     def become_elastic(self, *args: Any, **settings: Any) -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler
 from diffusers.configuration_utils import ConfigMixin
 from safetensors import SafetensorError
 
 from elit.data.autoencoder import Scaling, scaling
 from elit.data.text import PIPELINE_INDEX
-from elit.errors import ElitError
+from elit.errors import ElitError, first_line
 from elit.integrations.elastic import ElasticMixin
 from elit.integrations.families import FAMILIES, refusal
 from elit.models.files import LOCAL
@@ -58,7 +58,7 @@ class Pretrained(NamedTuple):
             options = {"subfolder": self.subfolder, "torch_dtype": torch.float32}
             return self.family.base.from_pretrained(self.source, **options).eval()
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise ElitError(f"cannot load the weights of the base {self.source}: {reason}") from error
 
     def on_meta(self) -> Any:
@@ -124,12 +124,7 @@ def find_pretrained(source: str) -> Pretrained:
 
 def _check_pipeline(source: str) -> None:
     """Refuses pipelines that do with their transformer what distillation does not."""
-    try:
-        index = dict(DiffusionPipeline.load_config(source))
-    except (OSError, ValueError) as error:
-        if Path(source, PIPELINE_INDEX).exists():
-            raise ElitError(f"{Path(source, PIPELINE_INDEX)} is damaged; get the folder of the base again") from error
-        return  # parts of a pipeline without the whole
+    index = _config(source, None, PIPELINE_INDEX) or {}  # parts of a pipeline may lie there without an index
     if index.get("boundary_ratio") is not None:
         raise ElitError(
             f"{source} has two transformers, each for its own noise levels; distillation is for pipelines of one"
@@ -138,13 +133,13 @@ def _check_pipeline(source: str) -> None:
         raise ElitError(f"{source} gives each token its own time, which an elastic model does not take")
 
 
-def _config(source: str, subfolder: str | None) -> dict[str, Any] | None:
-    """Reads the configuration of one part of a pipeline; None where there is none.
+def _config(source: str, subfolder: str | None, name: str = "config.json") -> dict[str, Any] | None:
+    """Reads the configuration of a pipeline or of one part of it; None where there is none.
 
     Raises:
         ElitError: it is there and damaged.
     """
-    name = "scheduler_config.json" if subfolder == "scheduler" else "config.json"
+    name = "scheduler_config.json" if subfolder == "scheduler" else name
     reader: Any = type("Reader", (ConfigMixin,), {"config_name": name})
     file = Path(source, subfolder or "", name)
     try:

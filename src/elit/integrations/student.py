@@ -224,14 +224,14 @@ def miss_no_frozen(model: nn.Module, incompatible: Any) -> None:
 
 
 def idle_layers(transformer: Any) -> list[str]:
-    """Lists the layers that its answer does not depend on."""
+    """Lists the layers of the last block that get no gradient, see ``ElasticMixin.idle``."""
     last = transformer.stacks[-1]
     return [f"{last}.{len(getattr(transformer, last)) - 1}.{name}" for name in transformer.idle]
 
 
 def adapted_layers(transformer: Any) -> list[str]:
     """Lists the linear layers of attention and feed-forward in the core: those that adapters are added to."""
-    idle = idle_layers(transformer)
+    idle = tuple(idle_layers(transformer))
     core = [
         (f"{stack}.{number}.", block)
         for stack in transformer.stacks
@@ -244,7 +244,7 @@ def adapted_layers(transformer: Any) -> list[str]:
         for name, layer in block.named_modules()
         if isinstance(layer, nn.Linear)
         and not any("norm" in part or part.endswith("_mod") for part in name.split("."))
-        and not any((prefix + name).startswith(each) for each in idle)
+        and not (prefix + name).startswith(idle)
     ]
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from elit.errors import ElitError
+from elit.errors import ElitError, first_line
 from elit.layers import FinalLayer
 from elit.models.base import Model
 from elit.models.graphs import GraphedForward
@@ -63,7 +63,7 @@ def compile(  # as torch.compile
         try:
             compile_layers(model, **options)
         except (RuntimeError, TypeError) as error:
-            raise ElitError(f"torch.compile refuses {options}: {str(error).splitlines()[0]}") from error
+            raise ElitError(f"torch.compile refuses {options}: {first_line(error)}") from error
         model.is_compiled = True
     if on_gpu if graphs is None else graphs:
         GraphedForward(model, sorted(batch_sizes)).install()

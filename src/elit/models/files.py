@@ -12,7 +12,7 @@ from torch import Tensor
 from elit import __version__
 from elit.atomic import atomic_file
 from elit.decode import decode
-from elit.errors import ElitError
+from elit.errors import ElitError, first_line
 from elit.launch import default_device
 from elit.models.base import Model
 from elit.models.registry import ARCHITECTURES, build_on_meta, describe_name
@@ -137,7 +137,7 @@ def _download(repo: str, file: str, **hub: Any) -> Path:
     except HFValidationError as error:
         raise ElitError(f"there is no model at {wanted}, and it is no Hub id either") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         kind = "file" if file else "folder"
         raise ElitError(
             f"there is no {kind} {wanted}, and the Hub does not give a model of that id ({reason})"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from elit.errors import first_line
 from elit.launch import to_device
 from elit.models.base import Levels
 from elit.models.transformer import Effect, Transformer, in_order, stack_effects, unbind
@@ -217,7 +218,7 @@ class GraphedForward:
             logger.warning("no memory is left for a graph of batch size %d: such batches run without one", size)
             return None
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             logger.warning("batches of %d run without a graph, for they could not be captured: %s", size, reason)
             return None
         return Captured(graph, [leaf for leaf in static if isinstance(leaf, Tensor)])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from elit.atomic import atomic_file
-from elit.errors import ElitError
+from elit.errors import ElitError, first_line
 from elit.interface import InterfaceConfig, triple
 from elit.interface.budget import valid_levels
 from elit.models.base import Model
@@ -259,7 +259,7 @@ def _unpickle(path: Path) -> Any:
             f"{path} is refused: it holds {what}, which is neither tensor nor plain value; nothing in it was run"
         ) from error
     except Exception as error:  # damaged bytes make torch raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ElitError(f"{path} is damaged or no checkpoint ({reason}); copy or download it again") from error
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from elit.analysis import on_meta
-from elit.errors import ElitError
+from elit.errors import ElitError, first_line
 from elit.models import Model
 from elit.serving.costs import CostTable
 from elit.serving.engine import EngineStatus, Observer
@@ -336,7 +336,7 @@ class Replicas(Pictures):
         except BackPressureError as error:
             raise _queue_full("all replicas have as many requests as they take", RETRY_SECONDS) from error
         except (ray.exceptions.RayError, RayServeException) as error:  # errors of a picture come as a Failure
-            logger.warning("a replica died while it made a picture: %s", str(error).splitlines()[0])
+            logger.warning("a replica died while it made a picture: %s", first_line(error))
         finally:
             response.cancel()
 
@@ -361,7 +361,7 @@ def _connect(options: ReplicaOptions) -> None:
         try:
             ray.init(options.address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ElitError(f"there is no Ray cluster at {options.address} ({str(error).splitlines()[0]})") from error
+            raise ElitError(f"there is no Ray cluster at {options.address} ({first_line(error)})") from error
         return
     most = options.max_replicas or options.replicas
     local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": LOCAL_MEMORY}
