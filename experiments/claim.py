@@ -7,28 +7,47 @@ The second is in docs/results/claim.md.
 
 The data are mosaics: by default 2x2 scenes of one class, each empty in half of all cases, 64x64 pixels in 256 tokens.
 So there is much redundancy: large empty regions beside dense ones. Quality is the Frechet distance of samples in the
-features of a classifier that was trained on mosaics, at the highest budget and with as many steps for all.
+features of a classifier that was trained on mosaics, at the highest budget and with as many steps for all, after a
+quarter, half and all of the training.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import matplotlib as mpl
+import matplotlib.pyplot as plt
 import torch
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
 import elit
-from common import interval, shown
-from curves import Curve, Scale, Variant, plot_curves, print_curves, train_all, write_curves
+from common import above, interval, shown
+from curves import (
+    POINTS,
+    Curve,
+    Scale,
+    Variant,
+    draw_losses,
+    plot_curves,
+    print_curves,
+    save_with_legend,
+    train_all,
+    write_curves,
+)
+from elit.analysis.plots import STYLE, STYLES
 from elit.data import ImageData, scenes
 from elit.evaluation import Judge, train_classifier
 from elit.seeding import generator, integers, uniform
 from elit.training import ElasticConfig
 
 FIELDS = {"width": 64, "depth": 8, "num_heads": 4, "label_std": 1.0, "positions": "rotary"}
-TRAIN, HELD_OUT = 8000, 1024
+TRAIN, HELD_OUT = 8000, 1024  # mosaics; the latter of 2x2 scenes, and fewer of more
+SCORED = (POINTS // 4, POINTS // 2, POINTS)  # points of a curve after which samples are scored
+Scores = Mapping[str, Sequence[Mapping[str, Sequence[float]]]]
 
 
 def elastic(variant: str, largest: float, group_size: int = 8) -> Variant:
@@ -44,15 +63,22 @@ VARIANTS: dict[str, Variant] = {
     "anchored, to 1/2": elastic("anchored", 1 / 2),
     "learned, to 1/2": elastic("paper", 1 / 2),
     "learned, to 1/4": elastic("paper", 1 / 4),
+    "learned, 1/4 alone": replace(
+        elastic("paper", 1 / 4), elit=ElasticConfig(max_mask_prob=3 / 4, min_mask_prob=3 / 4)
+    ),
     "learned, to 1/4, one window": elastic("paper", 1 / 4, group_size=16),
 }
 
 
 @lru_cache(maxsize=4)
 def mosaics(side: int, held_out: bool = False) -> ImageData:
-    """Makes mosaics of side x side scenes, of which half are empty but never all: 8,000 or 1,024, (1, S, S)."""
+    """Makes mosaics (1, S, S) of side x side scenes, of which half are empty but never all.
+
+    There are 8,000 to train on; held out are as many as have 4,096 scenes.
+    """
     source, rng = scenes(held_out), generator("mosaics", side, int(held_out))
-    count, parts = HELD_OUT if held_out else TRAIN, side * side
+    parts = side * side
+    count = HELD_OUT * 4 // parts if held_out else TRAIN
     labels = torch.arange(count) % source.num_classes
     of_class = integers(rng, len(source) // source.num_classes, (count, parts))
     chosen = of_class * source.num_classes + labels[:, None]  # scene i shows class i mod 10
@@ -63,41 +89,85 @@ def mosaics(side: int, held_out: bool = False) -> ImageData:
     return ImageData(rows.flatten(3).flatten(1, 2)[:, None].contiguous(), labels, source.num_classes)
 
 
-def judge_all(
-    curves: Mapping[str, Sequence[Curve]], judge: Judge, samples: int, guidance: float
-) -> dict[str, list[dict[str, float]]]:
-    """Scores samples of every training, from the same noise, at its highest budget."""
+def judge_all(curves: Mapping[str, Sequence[Curve]], judge: Judge, samples: int, guidance: float) -> Scores:
+    """Scores samples of every training at the points SCORED, from the same noise, at its highest budget."""
     labels = torch.arange(samples) % 10
-    found: dict[str, list[dict[str, float]]] = {}
+    found: dict[str, list[dict[str, list[float]]]] = {}
     for name, of_seeds in curves.items():
         for curve in of_seeds:
-            images = elit.sample(
-                elit.load(curve.run),
-                labels,
-                seeds=range(samples),
-                steps=16,
-                guidance=elit.Guidance("cfg", guidance),
-                batch_size=100,
+            qualities = []
+            for checkpoint in checkpoints(curve):
+                images = elit.sample(
+                    elit.load(checkpoint),
+                    labels,
+                    seeds=range(samples),
+                    steps=16,
+                    guidance=elit.Guidance("cfg", guidance),
+                    batch_size=100,
+                )
+                qualities.append(judge(images.cpu(), labels))
+            scores = {
+                "Frechet distance": [quality.frechet_distance for quality in qualities],
+                "accuracy": [quality.accuracy for quality in qualities],
+            }
+            print(
+                f"{curve.run}: Frechet distances {', '.join(f'{d:.1f}' for d in scores['Frechet distance'])}",
+                flush=True,
             )
-            quality = judge(images.cpu(), labels)
-            scores = {"Frechet distance": quality.frechet_distance, "accuracy": quality.accuracy}
             found.setdefault(name, []).append(scores)
     return found
+
+
+def checkpoints(curve: Curve) -> list[Path]:
+    """Returns the checkpoints of a training at the points SCORED."""
+    of_points = sorted(Path(curve.run, "checkpoints").glob("step-*"))
+    return [of_points[point - 1] for point in SCORED]
+
+
+def print_scores(scores: Scores, title: str) -> None:
+    """Prints Frechet distances at the points SCORED, the last one beside the plain transformer's, and accuracy."""
+    after = [f"after {point}/{POINTS}" for point in SCORED[:-1]]
+    table = Table("variant", *after, "at the end", "above plain", "accuracy", title=title, title_justify="left")
+
+    def at_end(name: str) -> list[float]:
+        return [of_seed["Frechet distance"][-1] for of_seed in scores[name]]
+
+    for name, of_seeds in scores.items():
+        distances = [interval(d) for d in zip(*(of_seed["Frechet distance"] for of_seed in of_seeds), strict=True)]
+        beside = shown(above(at_end(name), at_end("plain")), 1, "+") if "plain" in scores and name != "plain" else ""
+        accuracy = shown(interval(of_seed["accuracy"][-1] for of_seed in of_seeds), 3)
+        table.add_row(name, *(shown(each, 1) for each in distances), beside, accuracy)
+    Console(width=120).print(table)
+
+
+@mpl.rc_context(STYLE)
+def plot_claim(curves: Mapping[str, Sequence[Curve]], scores: Scores, path: Path) -> None:
+    """Draws the loss at the highest budget and the quality of samples, each over training FLOPs."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2))
+    drawn = {name: of_seeds for name, of_seeds in curves.items() if VARIANTS[name].shown}
+    draw_losses(left, drawn)
+    for (name, of_seeds), (colour, marker) in zip(drawn.items(), STYLES, strict=False):
+        flops = [of_seeds[0].flops[point - 1] for point in SCORED]
+        distances = [interval(d) for d in zip(*(each["Frechet distance"] for each in scores[name]), strict=True)]
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "capsize": 3, "elinewidth": 1}
+        right.errorbar(flops, [m for m, _ in distances], yerr=[half for _, half in distances], **style)
+    right.set_xlabel("training FLOPs")
+    right.set_ylabel("Frechet distance of samples")
+    right.set_ylim(bottom=0)
+    save_with_legend(figure, path)
 
 
 def report(curves: Mapping[str, Sequence[Curve]], scale: Scale, samples: int, guidance: float) -> None:
     """Prints tables of losses and samples, and writes figure and numbers."""
     print_curves(curves, "held-out loss at the end")
-    plot_curves(curves, VARIANTS, scale.out / "claim.png")
-    scores = {}
+    scores: Scores = {}
     if samples:
         assert isinstance(scale.train, ImageData)
         scores = judge_all(curves, Judge(train_classifier(scale.train), scale.train), samples, guidance)
-        table = Table("variant", "Frechet distance", "accuracy", title=f"{samples} samples", title_justify="left")
-        for name, of_seeds in scores.items():
-            frechet, accuracy = ([row[key] for row in of_seeds] for key in ("Frechet distance", "accuracy"))
-            table.add_row(name, shown(interval(frechet), 2), shown(interval(accuracy), 3))
-        Console(width=120).print(table)
+        print_scores(scores, f"{samples} samples, Frechet distance")
+        plot_claim(curves, scores, scale.out / "claim.png")
+    else:
+        plot_curves(curves, VARIANTS, scale.out / "claim.png")
     write_curves(curves, scale.out / "claim.json", samples=scores)
 
 
@@ -119,7 +189,7 @@ def run(
         steps: of the plain transformer; the others take as many as have the same FLOPs.
         batch_size: mosaics of a step.
         side: scenes on each side of a mosaic; 2 give 256 tokens, and 4 give 1,024.
-        samples: of each training that are scored; 0 is none.
+        samples: of each training that are scored, at three points of it; 0 is none.
         guidance: scale of classifier-free guidance.
         out: where trainings, figure and numbers are kept.
     """

@@ -16,6 +16,8 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -36,6 +38,7 @@ from elit.training.batch import TrainingDraws
 from elit.training.budgets import training_levels
 from elit.training.build import Task, build_task
 from elit.training.objective import Objective
+from elit.training.optim import SplitMuon
 
 POINTS = 8  # of a curve
 
@@ -49,6 +52,8 @@ class Variant:
         elit: the levels of training; None is a plain transformer.
         optimizer: what differs from the scale's.
         self_distillation: weight of the distance from the model's own answer at full budget; 0 is none.
+        interface_rate: what multiplies the learning rates of latents, Read and Write.
+        whole_matrices: whether Muon takes queries, keys and values that share a weight for one matrix.
         shown: whether figures have it.
     """
 
@@ -56,6 +61,8 @@ class Variant:
     elit: ElasticConfig | None = field(default_factory=ElasticConfig)
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     self_distillation: float = 0.0
+    interface_rate: float = 1.0
+    whole_matrices: bool = False
     shown: bool = False
 
 
@@ -160,7 +167,7 @@ def config_of(scale: Scale, variants: Mapping[str, Variant], name: str, seed: in
     every = max(1, round(scale.steps * of_plain / flops) // POINTS)
     budgets = [budget for budget in BUDGETS if levels and round(budget * levels[1]) in levels[0]]
     validation = ValidationConfig(every=every, budgets=budgets or None, samples=1024, images=0)
-    return replace(config, steps=every * POINTS, validation=validation, checkpoint_every=every)
+    return replace(config, steps=every * POINTS, validation=validation, checkpoint_every=every, keep_checkpoints=POINTS)
 
 
 def forward_flops(
@@ -186,6 +193,31 @@ def forward_flops(
     return mean(of_level[level] + teaching * (level < full) for level in drawn), (levels.levels, full)
 
 
+def adapt_optimizers(trainer: Trainer, variant: Variant) -> None:
+    """Gives optimizers what configurations of the library have no names for."""
+    if variant.whole_matrices:
+        muon = trainer.trained.optimizers["muon"]
+        assert isinstance(muon, SplitMuon)
+        muon.parts = dict.fromkeys(muon.parts, 1)
+    if variant.interface_rate == 1.0:
+        return
+    named = trainer.model.named_parameters()
+    interface: list[Tensor] = [p for name, p in named if name.startswith("interface.") and p.requires_grad]
+    before: list[Tensor] = []
+
+    def keep(*_: Any) -> None:
+        before[:] = [p.detach().clone() for p in interface]
+
+    def scale(*_: Any) -> None:  # the update, as a factor on its learning rate does
+        with torch.no_grad():
+            torch._foreach_lerp_(before, [p.detach() for p in interface], variant.interface_rate)
+            torch._foreach_copy_(interface, before)
+
+    for optimizer in trainer.trained.optimizers.values():
+        optimizer.register_step_pre_hook(keep)
+        optimizer.register_step_post_hook(scale)
+
+
 def train(scale: Scale, variants: Mapping[str, Variant], name: str, seed: int, until: float | None = None) -> Curve:
     """Trains a variant to the end, and reads the held-out losses from the log.
 
@@ -205,6 +237,7 @@ def train(scale: Scale, variants: Mapping[str, Variant], name: str, seed: int, u
         return replace(task, objective=lambda device: objective)
 
     trainer = Trainer(config, scale.train, scale.held_out, build=build)
+    adapt_optimizers(trainer, variant)
     for _ in trainer:
         if until is not None and time.monotonic() > until:
             trainer.request_stop()
@@ -257,11 +290,9 @@ def plot_curves(curves: Mapping[str, Sequence[Curve]], variants: Mapping[str, Va
     """Draws the loss at the highest budget over training FLOPs, and the loss at the end over the budget."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2))
     drawn = [name for name in curves if variants[name].shown] or list(curves)
+    draw_losses(left, {name: curves[name] for name in drawn})
     for number, (name, (colour, marker)) in enumerate(zip(drawn, STYLES, strict=False)):
         of_seeds = curves[name]
-        highest = list(of_seeds[0].losses)[-1]
-        means = [mean(losses) for losses in zip(*(curve.losses[highest] for curve in of_seeds), strict=True)]
-        left.plot(of_seeds[0].flops[1:], means[1:], color=colour, marker=marker, markersize=4, label=name)
         budgets = [budget for budget in BUDGETS if f"{budget:g}" in of_seeds[0].losses]
         if len(budgets) > 1:
             ends = [interval(curve.losses[f"{budget:g}"][-1] for curve in of_seeds) for budget in budgets]
@@ -269,13 +300,26 @@ def plot_curves(curves: Mapping[str, Sequence[Curve]], variants: Mapping[str, Va
             beside = [budget * 1.06 ** (number - len(drawn) / 2) for budget in budgets]  # no interval is hidden
             right.errorbar(beside, [m for m, _ in ends], yerr=[half for _, half in ends], **style)
         else:
-            right.axhline(means[-1], color=colour, linewidth=1, linestyle="--")
-    left.set_xlabel("training FLOPs")
-    left.set_ylabel("held-out loss at the highest budget")
+            right.axhline(mean(curve.best for curve in of_seeds), color=colour, linewidth=1, linestyle="--")
     right.set_xscale("log", base=2)
     right.set_xticks(BUDGETS, [budget_label(budget) for budget in BUDGETS])
     right.set_xlabel("budget (dashed: no budgets)")
     right.set_ylabel("held-out loss at the end")
+    save_with_legend(figure, path)
+
+
+def draw_losses(axes: Axes, curves: Mapping[str, Sequence[Curve]]) -> None:
+    """Draws the mean loss at the highest budget over training FLOPs, from the second point on."""
+    for (name, of_seeds), (colour, marker) in zip(curves.items(), STYLES, strict=False):
+        highest = list(of_seeds[0].losses)[-1]
+        means = [mean(losses) for losses in zip(*(curve.losses[highest] for curve in of_seeds), strict=True)]
+        axes.plot(of_seeds[0].flops[1:], means[1:], color=colour, marker=marker, markersize=4, label=name)
+    axes.set_xlabel("training FLOPs")
+    axes.set_ylabel("held-out loss at the highest budget")
+
+
+def save_with_legend(figure: Figure, path: Path) -> None:
+    """Saves a figure with one legend below its axes."""
     figure.legend(loc="lower center", ncols=4, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.09, 1, 1))
     save(figure, path)

@@ -7,8 +7,9 @@ Every training sees scenes, with the quickstart's recipe and half its batch. Pie
 
 Names: where latents begin (`learned` vectors, or `anchored` to tokens), then how many levels share a step: 1 is one
 drawn at random, 2 adds full budget, 3 the lowest too; `full` trains full budget alone. `self-distilled` adds the
-distance from the model's own answer at full budget; `rates` are those of learning, of Muon and AdamW. Positions are
-rotary in all blocks; with `sincos` tokens have a table added instead, and only the core of an ELIT has rotary ones.
+distance from the model's own answer at full budget; `rates` are those of learning, of Muon and AdamW, for all layers or
+the interface alone; with `whole matrices` Muon takes queries, keys and values for one matrix. Positions are rotary in
+all blocks; with `sincos` tokens have a table added instead, and only the core of an ELIT has rotary ones.
 """
 
 from dataclasses import replace
@@ -71,6 +72,13 @@ VARIANTS: dict[str, Variant] = {
     "learned/1, twice the rates": replace(elastic("learned", 1), optimizer=TWICE),
     "anchored/2, half the rates": replace(elastic("anchored", 2), optimizer=HALF),
     "anchored/2, twice the rates": replace(elastic("anchored", 2), optimizer=TWICE),
+    "learned/1, interface at half the rates": replace(elastic("learned", 1), interface_rate=0.5),
+    "learned/1, interface at twice the rates": replace(elastic("learned", 1), interface_rate=2.0),
+    "anchored/2, interface at half the rates": replace(elastic("anchored", 2), interface_rate=0.5),
+    "anchored/2, interface at twice the rates": replace(elastic("anchored", 2), interface_rate=2.0),
+    "plain, whole matrices": Variant(elit=None, whole_matrices=True),
+    "learned/1, whole matrices": replace(elastic("learned", 1), whole_matrices=True),
+    "anchored/2, whole matrices": replace(elastic("anchored", 2), whole_matrices=True),
     "learned/2, AdamW": replace(elastic("learned", 2), optimizer={"name": "adamw"}),
     "anchored/2, AdamW": replace(elastic("anchored", 2), optimizer={"name": "adamw"}),
     "plain, AdamW": Variant(elit=None, optimizer={"name": "adamw"}),

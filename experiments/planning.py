@@ -43,7 +43,7 @@ METHODS = (
 
 
 def plans_at(
-    model: Any, calibration: Calibration, judge: FrechetJudge, limit: float, steps: int, num_samples: int
+    model: Any, calibration: Calibration, judge: FrechetJudge, limit: float, steps: int, num_samples: int, noise: int
 ) -> dict[str, Plan]:
     """The plans that are compared at one cost, by method."""
     chosen = choose(
@@ -52,6 +52,7 @@ def plans_at(
         candidate_plans(calibration, limit, steps, "flops"),
         judge,
         num_samples=num_samples,
+        seed=noise,
         batch_size=250,
         progress=True,
     )
@@ -108,13 +109,15 @@ def run(
     choice_samples: int = 1000,
     scales: Sequence[float] = (1, 2),
     methods: Sequence[str] = METHODS,
+    noise: int = 0,
 ) -> None:
     """Prints a table for each guidance and cost as soon as it is known, and writes all numbers."""
     train = digits()
     judge = Judge(train_classifier(train), train)
     chooser = FrechetJudge("digits", open_extractor("digits"))
     console, results = Console(width=150), []
-    of_seed = [range((seed + 1) * 10**6, (seed + 1) * 10**6 + num_samples) for seed in range(seeds)]
+    first_seeds = [(1 + seeds * noise + seed) * 10**6 for seed in range(seeds)]
+    of_seed = [range(first, first + num_samples) for first in first_seeds]
     for scale in scales:
         guidance = None if scale == 1 else elit.Guidance("cfg", scale)
         calibration = calibrate(model, list(CLASSES), guidance=guidance)
@@ -125,7 +128,7 @@ def run(
         first = torch.arange(min(ERROR_SAMPLES, num_samples)) % len(CLASSES)
         targets = [elit.sample(model, first, seeds=each[: len(first)], **reference.arguments()) for each in of_seed]
         for speedup in speedups:
-            plans = plans_at(model, calibration, chooser, full.flops / speedup, steps, choice_samples)
+            plans = plans_at(model, calibration, chooser, full.flops / speedup, steps, choice_samples, noise)
             plans = {"full": full} | plans if speedup == speedups[0] else plans
             plans = {name: plan for name, plan in plans.items() if name in (*methods, "chosen")}
             by_seed = [
@@ -190,6 +193,7 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=1000, help="of each seed")
     parser.add_argument("--choice-samples", type=int, default=1000, help="of each candidate of a choice by quality")
     parser.add_argument("--guidance-scales", type=float, nargs="+", default=[1, 2], help="1 is no guidance")
+    parser.add_argument("--noise", type=int, default=0, help="another one draws other noise, of choices and of seeds")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     options = parser.parse_args()
     run(
@@ -202,6 +206,7 @@ def main() -> None:
         options.choice_samples,
         options.guidance_scales,
         options.methods,
+        options.noise,
     )
 
 

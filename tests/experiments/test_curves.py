@@ -9,14 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import Muon
 
 import at_scale
 import claim
 import learning
-from curves import OutOfTimeError, Scale, SelfDistillation, config_of, forward_flops, train, train_all
+from curves import (
+    OutOfTimeError,
+    Scale,
+    SelfDistillation,
+    Variant,
+    adapt_optimizers,
+    config_of,
+    forward_flops,
+    train,
+    train_all,
+)
 from elit.data import ImageData, scenes
 from elit.evaluation import train_classifier
 from elit.flow import flow_of
+from elit.training import Trainer
 from elit.training.batch import TrainingDraws
 from tests.helpers.models import tiny
 
@@ -102,12 +114,57 @@ def test_the_distance_is_that_from_full_budget() -> None:
     assert not objective(x, y, draws, 4)[1].any()
 
 
+def updates(scale: Scale, variant: Variant, out: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns random gradients, and what a step of the optimizers changes by them."""
+    trainer = Trainer(config_of(replace(scale, out=out), {"": variant}, "", 0), scale.train, scale.held_out)
+    adapt_optimizers(trainer, variant)
+    rng = torch.Generator().manual_seed(0)
+    parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    for p in parameters.values():
+        p.grad = torch.randn(p.shape, generator=rng)
+    gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    for optimizer in trainer.trained.optimizers.values():
+        optimizer.step()
+    return gradients, {name: p.detach() - before[name] for name, p in parameters.items()}
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_the_interface_alone_can_have_other_rates(scale: Scale, tmp_path: Path, factor: float) -> None:
+    variant = learning.VARIANTS["learned/1"]
+    _, usual = updates(scale, variant, tmp_path)
+    _, other = updates(scale, replace(variant, interface_rate=factor), tmp_path)
+    assert any(name.startswith("interface.") for name in usual)
+    for name, update in usual.items():
+        assert update.any()
+        expected = factor * update if name.startswith("interface.") else update
+        torch.testing.assert_close(other[name], expected, rtol=1e-3, atol=1e-6)  # differences of rounded weights
+
+
+def test_muon_can_take_matrices_whole(scale: Scale, tmp_path: Path) -> None:
+    """Queries, keys and values are then one matrix, as for PyTorch's Muon."""
+    variant = learning.VARIANTS["anchored/2, whole matrices"]
+    config = config_of(scale, {"": variant}, "", 0).optimizer
+    gradients, found = updates(scale, variant, tmp_path)
+    _, usual = updates(scale, replace(variant, whole_matrices=False), tmp_path)
+    name = "blocks.1.attention.qkv.weight"
+    weight = torch.nn.Parameter(torch.zeros_like(gradients[name]))
+    weight.grad = gradients[name]
+    Muon(
+        [weight], lr=config.muon_lr, weight_decay=0.0, momentum=config.muon_momentum, ns_steps=config.muon_ns_steps
+    ).step()
+    torch.testing.assert_close(found[name], weight.detach(), rtol=1e-3, atol=1e-6)
+    assert not torch.allclose(usual[name], found[name], atol=1e-4)
+    torch.testing.assert_close(usual["blocks.1.mlp.fc1.weight"], found["blocks.1.mlp.fc1.weight"])
+
+
 def test_mosaics_are_scenes_of_one_class_beside_empty_ones() -> None:
     mosaics = claim.mosaics(2, held_out=True)
     assert mosaics.images.shape == (1024, 1, 64, 64) and len(claim.mosaics(2)) == 8000
     tiles = mosaics.images.unfold(2, 32, 32).unfold(3, 32, 32)[:, 0].flatten(1, 2)  # (M, 4, 32, 32)
     filled = (tiles != -1).flatten(2).any(2)
     assert filled.any(1).all()
+    assert claim.mosaics(4, held_out=True).images.shape == (256, 1, 128, 128)
     assert 0.5 < filled.float().mean() < 0.7  # a half, and one at the least
     source = scenes(held_out=True)
     known = {image.numpy().tobytes(): label for image, label in zip(source.images, source.labels, strict=True)}
@@ -122,6 +179,9 @@ def test_the_claim_is_judged_at_the_highest_budget(scale: Scale, monkeypatch: py
     claim.report(curves, scale, samples=12, guidance=2.0)
     written = json.loads((scale.out / "claim.json").read_text())
     assert set(written["samples"]) == set(names)
+    ((ends,), (others,)) = (written["samples"][name] for name in names)
+    assert len(ends["Frechet distance"]) == len(claim.SCORED)
+    assert len({*ends["Frechet distance"], *others["Frechet distance"]}) == 2 * len(claim.SCORED)  # each its weights'
     assert curves["learned, to 1/4"][0].final(1.0) is None
     assert (scale.out / "claim.png").stat().st_size > 0
 
