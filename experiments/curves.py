@@ -7,7 +7,7 @@ times and noise for all variants of a seed.
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
@@ -35,10 +35,9 @@ from elit.models import Model
 from elit.models.registry import build_on_meta, config_for
 from elit.training import ElasticConfig, ModelChoice, TrainConfig, Trainer, ValidationConfig
 from elit.training.batch import TrainingDraws
-from elit.training.budgets import training_levels
+from elit.training.budgets import TrainingLevels, training_levels
 from elit.training.build import Task, build_task
 from elit.training.objective import Objective
-from elit.training.optim import SplitMuon
 
 POINTS = 8  # of a curve
 
@@ -52,8 +51,8 @@ class Variant:
         elit: the levels of training; None is a plain transformer.
         optimizer: what differs from the scale's.
         self_distillation: weight of the distance from the model's own answer at full budget; 0 is none.
-        interface_rate: what multiplies the learning rates of latents, Read and Write.
-        whole_matrices: whether Muon takes queries, keys and values that share a weight for one matrix.
+        full_first: share of the steps that come first, at full budget alone; of variants with one level a step.
+        change: what else is done to a new trainer.
         shown: whether figures have it.
     """
 
@@ -61,8 +60,8 @@ class Variant:
     elit: ElasticConfig | None = field(default_factory=ElasticConfig)
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     self_distillation: float = 0.0
-    interface_rate: float = 1.0
-    whole_matrices: bool = False
+    full_first: float = 0.0
+    change: Callable[[Trainer], None] = lambda trainer: None
     shown: bool = False
 
 
@@ -115,6 +114,15 @@ class Curve:
 
 class OutOfTimeError(Exception):
     """The minutes of this call are over; the next one goes on."""
+
+
+class FullFirst(TrainingLevels):
+    """Levels of which none but the highest is drawn before a step ``begin``."""
+
+    begin: int
+
+    def draw(self, seed: int, step: int) -> int:
+        return self.levels[-1] if step < self.begin else super().draw(seed, step)
 
 
 class SelfDistillation(Objective):
@@ -186,36 +194,16 @@ def forward_flops(
     if model.interface is None:
         return count_flops(model.config).total, None
     levels = training_levels(config.elit, model)
-    drawn = [level for step in range(400) for level in levels.draw_for(12, 0, step, config.elit.levels_per_step)]
+    drawn = [
+        level
+        for step in range(400)
+        for level in levels.draw_for(config.batch_size, 0, step, config.elit.levels_per_step)
+    ]
     full = model.num_latents
     of_level: dict[int, float] = {level: count_flops(model.config, level).total for level in {*drawn, full}}
     teaching = of_level[full] / 3 if variant.self_distillation else 0.0
-    return mean(of_level[level] + teaching * (level < full) for level in drawn), (levels.levels, full)
-
-
-def adapt_optimizers(trainer: Trainer, variant: Variant) -> None:
-    """Gives optimizers what configurations of the library have no names for."""
-    if variant.whole_matrices:
-        muon = trainer.trained.optimizers["muon"]
-        assert isinstance(muon, SplitMuon)
-        muon.parts = dict.fromkeys(muon.parts, 1)
-    if variant.interface_rate == 1.0:
-        return
-    named = trainer.model.named_parameters()
-    interface: list[Tensor] = [p for name, p in named if name.startswith("interface.") and p.requires_grad]
-    before: list[Tensor] = []
-
-    def keep(*_: Any) -> None:
-        before[:] = [p.detach().clone() for p in interface]
-
-    def scale(*_: Any) -> None:  # the update, as a factor on its learning rate does
-        with torch.no_grad():
-            torch._foreach_lerp_(before, [p.detach() for p in interface], variant.interface_rate)
-            torch._foreach_copy_(interface, before)
-
-    for optimizer in trainer.trained.optimizers.values():
-        optimizer.register_step_pre_hook(keep)
-        optimizer.register_step_post_hook(scale)
+    of_drawn = mean(of_level[level] + teaching * (level < full) for level in drawn)
+    return variant.full_first * of_level[full] + (1 - variant.full_first) * of_drawn, (levels.levels, full)
 
 
 def train(scale: Scale, variants: Mapping[str, Variant], name: str, seed: int, until: float | None = None) -> Curve:
@@ -231,13 +219,17 @@ def train(scale: Scale, variants: Mapping[str, Variant], name: str, seed: int, u
 
     def build(config: TrainConfig, data: Data) -> Task:
         task = build_task(config, data)
-        if not variant.self_distillation:
-            return task
-        objective = SelfDistillation(task.model, task.flow, variant.self_distillation)
-        return replace(task, objective=lambda device: objective)
+        if variant.full_first:
+            levels = FullFirst(*task.levels)
+            levels.begin = round(variant.full_first * config.steps)
+            task = replace(task, levels=levels)
+        if variant.self_distillation:
+            objective = SelfDistillation(task.model, task.flow, variant.self_distillation)
+            task = replace(task, objective=lambda device: objective)
+        return task
 
     trainer = Trainer(config, scale.train, scale.held_out, build=build)
-    adapt_optimizers(trainer, variant)
+    variant.change(trainer)
     for _ in trainer:
         if until is not None and time.monotonic() > until:
             trainer.request_stop()

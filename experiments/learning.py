@@ -6,10 +6,11 @@
 Every training sees scenes, with the quickstart's recipe and half its batch. Pieces of the whole can run one by one.
 
 Names: where latents begin (`learned` vectors, or `anchored` to tokens), then how many levels share a step: 1 is one
-drawn at random, 2 adds full budget, 3 the lowest too; `full` trains full budget alone. `self-distilled` adds the
-distance from the model's own answer at full budget; `rates` are those of learning, of Muon and AdamW, for all layers or
-the interface alone; with `whole matrices` Muon takes queries, keys and values for one matrix. Positions are rotary in
-all blocks; with `sincos` tokens have a table added instead, and only the core of an ELIT has rotary ones.
+drawn at random, 2 adds full budget, 3 the lowest too, 32 is one for every sample; `full` trains full budget alone, and
+`full first` does so in the first half of the steps. `self-distilled` adds the distance from the model's own answer at
+full budget. `rates` are those of learning, of Muon and AdamW, for all layers or the interface alone; with `whole
+matrices` Muon takes queries, keys and values for one matrix. Positions are rotary in all blocks; with `sincos` tokens
+have a table added instead, and only the core of an ELIT has rotary ones.
 """
 
 from dataclasses import replace
@@ -21,6 +22,7 @@ import torch
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from curves import Scale, Variant, config_of, plot_curves, print_curves, train_all, write_curves
 from elit.commands.quickstart import RECIPE
@@ -30,6 +32,7 @@ from elit.flow.paths import interpolate
 from elit.models import Transformer
 from elit.seeding import generator, normal
 from elit.training import ElasticConfig, Trainer, ValidationConfig
+from elit.training.optim import SplitMuon
 
 FIELDS = {"width": 64, "depth": 6, "num_heads": 4, "label_std": 1.0, "positions": "rotary"}
 PROBED = (0, 10, 30, 100, 300)  # steps
@@ -41,6 +44,36 @@ def elastic(begin: str, levels: int, shown: bool = False, **fields: Any) -> Vari
     variant = {"learned": "paper", "anchored": "anchored"}[begin]
     split = {"group_size": 4, "head_depth": 1, "tail_depth": 1}
     return Variant({**split, "variant": variant, **fields}, elit, shown=shown)
+
+
+def whole_matrices(trainer: Trainer) -> None:
+    """Lets Muon take queries, keys and values that share a weight for one matrix."""
+    muon = trainer.trained.optimizers["muon"]
+    assert isinstance(muon, SplitMuon)
+    muon.parts = dict.fromkeys(muon.parts, 1)
+
+
+def scale_interface(trainer: Trainer, factor: float) -> None:
+    """Multiplies each update of latents, Read and Write, as a factor on their learning rates does."""
+    named = trainer.model.named_parameters()
+    interface: list[Tensor] = [p for name, p in named if name.startswith("interface.") and p.requires_grad]
+    before: list[Tensor] = []
+
+    def keep(*_: Any) -> None:
+        before[:] = [p.detach().clone() for p in interface]
+
+    def scale(*_: Any) -> None:
+        with torch.no_grad():
+            torch._foreach_lerp_(before, [p.detach() for p in interface], factor)
+            torch._foreach_copy_(interface, before)
+
+    for optimizer in trainer.trained.optimizers.values():
+        optimizer.register_step_pre_hook(keep)
+        optimizer.register_step_post_hook(scale)
+
+
+def interface_at(factor: float, variant: Variant) -> Variant:
+    return replace(variant, change=partial(scale_interface, factor=factor))
 
 
 HALF, TWICE = ({"lr": k * RECIPE.optimizer.lr, "muon_lr": k * RECIPE.optimizer.muon_lr} for k in (0.5, 2.0))
@@ -64,6 +97,11 @@ VARIANTS: dict[str, Variant] = {
     "anchored/2, windows of 2x2": elastic("anchored", 2, group_size=2),
     "anchored/2, windows of 8x8": elastic("anchored", 2, group_size=8),
     "anchored/2, head and tail of 2": elastic("anchored", 2, head_depth=2, tail_depth=2),
+    "anchored/1, full first": replace(elastic("anchored", 1), full_first=0.5),
+    "anchored/1, full in half of the steps": replace(
+        elastic("anchored", 1), elit=ElasticConfig(weights=[1.0] * 15 + [15.0])
+    ),
+    "anchored/32": elastic("anchored", 32),
     "learned/2, self-distilled": replace(elastic("learned", 2), self_distillation=1.0),
     "anchored/2, self-distilled": replace(elastic("anchored", 2), self_distillation=1.0),
     "plain, half the rates": Variant(elit=None, optimizer=HALF),
@@ -72,13 +110,13 @@ VARIANTS: dict[str, Variant] = {
     "learned/1, twice the rates": replace(elastic("learned", 1), optimizer=TWICE),
     "anchored/2, half the rates": replace(elastic("anchored", 2), optimizer=HALF),
     "anchored/2, twice the rates": replace(elastic("anchored", 2), optimizer=TWICE),
-    "learned/1, interface at half the rates": replace(elastic("learned", 1), interface_rate=0.5),
-    "learned/1, interface at twice the rates": replace(elastic("learned", 1), interface_rate=2.0),
-    "anchored/2, interface at half the rates": replace(elastic("anchored", 2), interface_rate=0.5),
-    "anchored/2, interface at twice the rates": replace(elastic("anchored", 2), interface_rate=2.0),
-    "plain, whole matrices": Variant(elit=None, whole_matrices=True),
-    "learned/1, whole matrices": replace(elastic("learned", 1), whole_matrices=True),
-    "anchored/2, whole matrices": replace(elastic("anchored", 2), whole_matrices=True),
+    "learned/1, interface at half the rates": interface_at(0.5, elastic("learned", 1)),
+    "learned/1, interface at twice the rates": interface_at(2.0, elastic("learned", 1)),
+    "anchored/2, interface at half the rates": interface_at(0.5, elastic("anchored", 2)),
+    "anchored/2, interface at twice the rates": interface_at(2.0, elastic("anchored", 2)),
+    "plain, whole matrices": Variant(elit=None, change=whole_matrices),
+    "learned/1, whole matrices": replace(elastic("learned", 1), change=whole_matrices),
+    "anchored/2, whole matrices": replace(elastic("anchored", 2), change=whole_matrices),
     "learned/2, AdamW": replace(elastic("learned", 2), optimizer={"name": "adamw"}),
     "anchored/2, AdamW": replace(elastic("anchored", 2), optimizer={"name": "adamw"}),
     "plain, AdamW": Variant(elit=None, optimizer={"name": "adamw"}),

@@ -19,7 +19,6 @@ from curves import (
     Scale,
     SelfDistillation,
     Variant,
-    adapt_optimizers,
     config_of,
     forward_flops,
     train,
@@ -46,7 +45,7 @@ def scale(tmp_path_factory: pytest.TempPathFactory) -> Scale:
     return Scale(few(scenes()), few(scenes(held_out=True)), FIELDS, 4, 40, 4, out)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "anchored/1, full first"])
 def test_every_training_has_the_flops_of_the_plain_one(scale: Scale, name: str) -> None:
     """Steps are whole, and a multiple of the points of a curve: of 40 steps that is a fifth at the most."""
     config = config_of(scale, learning.VARIANTS, name, 0)
@@ -54,6 +53,15 @@ def test_every_training_has_the_flops_of_the_plain_one(scale: Scale, name: str) 
     plain = learning.VARIANTS["plain"]
     of_plain = forward_flops(scale, config_of(scale, learning.VARIANTS, "plain", 0), plain)[0] * 40
     assert forward_flops(scale, config, variant)[0] * config.steps == pytest.approx(of_plain, rel=0.2)
+
+
+def test_full_budget_can_come_first(scale: Scale, tmp_path: Path) -> None:
+    name = "anchored/1, full first"
+    steps = config_of(scale, learning.VARIANTS, name, 0).steps
+    curve = train(replace(scale, out=tmp_path), learning.VARIANTS, name, 0)
+    drawn = [json.loads(line) for line in (Path(curve.run) / "log.jsonl").read_text().splitlines()]
+    full = {line["num_latents"] == 16 for line in drawn if line["step"] <= steps / 2}
+    assert full == {True} and any(line["num_latents"] < 16 for line in drawn)
 
 
 def test_self_distillation_pays_for_its_teacher(scale: Scale) -> None:
@@ -117,7 +125,7 @@ def test_the_distance_is_that_from_full_budget() -> None:
 def updates(scale: Scale, variant: Variant, out: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Returns random gradients, and what a step of the optimizers changes by them."""
     trainer = Trainer(config_of(replace(scale, out=out), {"": variant}, "", 0), scale.train, scale.held_out)
-    adapt_optimizers(trainer, variant)
+    variant.change(trainer)
     rng = torch.Generator().manual_seed(0)
     parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in parameters.items()}
@@ -133,7 +141,7 @@ def updates(scale: Scale, variant: Variant, out: Path) -> tuple[dict[str, Tensor
 def test_the_interface_alone_can_have_other_rates(scale: Scale, tmp_path: Path, factor: float) -> None:
     variant = learning.VARIANTS["learned/1"]
     _, usual = updates(scale, variant, tmp_path)
-    _, other = updates(scale, replace(variant, interface_rate=factor), tmp_path)
+    _, other = updates(scale, learning.interface_at(factor, variant), tmp_path)
     assert any(name.startswith("interface.") for name in usual)
     for name, update in usual.items():
         assert update.any()
@@ -146,7 +154,7 @@ def test_muon_can_take_matrices_whole(scale: Scale, tmp_path: Path) -> None:
     variant = learning.VARIANTS["anchored/2, whole matrices"]
     config = config_of(scale, {"": variant}, "", 0).optimizer
     gradients, found = updates(scale, variant, tmp_path)
-    _, usual = updates(scale, replace(variant, whole_matrices=False), tmp_path)
+    _, usual = updates(scale, learning.VARIANTS["anchored/2"], tmp_path)
     name = "blocks.1.attention.qkv.weight"
     weight = torch.nn.Parameter(torch.zeros_like(gradients[name]))
     weight.grad = gradients[name]
