@@ -2,6 +2,7 @@
 
     elit train --config configs/train/digits.yaml --out runs/digits
     python experiments/planning.py --model runs/digits
+    python experiments/planning.py --model runs/quickstart/run --data scenes
 
 With and without guidance. The plan of least predicted error (``plan``) and the plan that a judge chose among candidates
 (``chosen``) stand beside constant budgets and fewer steps; every seed draws other noise, which is never that of the
@@ -25,7 +26,7 @@ from elit.analysis.choice import choose
 from elit.analysis.environment import environment
 from elit.analysis.plan import Plan, baseline_plans, candidate_plans, constant_plan, measure_error, solve
 from elit.atomic import write_json
-from elit.data import digits
+from elit.data import EMBEDDED, open_data
 from elit.evaluation import FrechetJudge, Judge, open_extractor, train_classifier
 
 ERROR_SAMPLES = 32  # on which the distance to many steps at full budget is measured
@@ -110,11 +111,12 @@ def run(
     scales: Sequence[float] = (1, 2),
     methods: Sequence[str] = METHODS,
     noise: int = 0,
+    data: str = "digits",
 ) -> None:
     """Prints a table for each guidance and cost as soon as it is known, and writes all numbers."""
-    train = digits()
+    train = open_data(data)
     judge = Judge(train_classifier(train), train)
-    chooser = FrechetJudge("digits", open_extractor("digits"))
+    chooser = FrechetJudge(data, open_extractor(data))
     console, results = Console(width=150), []
     first_seeds = [(1 + seeds * noise + seed) * 10**6 for seed in range(seeds)]
     of_seed = [range(first, first + num_samples) for first in first_seeds]
@@ -186,6 +188,7 @@ def as_table(title: str, rows: list[dict[str, Any]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/digits")
+    parser.add_argument("--data", choices=list(EMBEDDED), default="digits", help="of the model, for its judges")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments/planning.json"))
     parser.add_argument("--steps", type=int, default=16, help="of full and of constant budget")
     parser.add_argument("--speedups", type=float, nargs="+", default=[2, 4, 8])
@@ -207,6 +210,7 @@ def main() -> None:
         options.guidance_scales,
         options.methods,
         options.noise,
+        options.data,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from elit.commands import quickstart as module
+from elit.errors import ElitError
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,18 @@ def test_numbers(out: Path) -> None:
     assert ccfg[0]["frechet_distance"] == pytest.approx(cfg[0]["frechet_distance"], rel=1e-4)  # one batch or two
     assert set(results["attention"]) == {"same image", "another image"}
     assert results["training"]["config"]["steps"] >= 20
+
+
+def test_a_run_that_is_there_keeps_its_steps(out: Path, tmp_path: Path) -> None:
+    steps = json.loads((out / "results.json").read_text())["training"]["config"]["steps"]
+    assert module.steps_of(str(out / "run")) == steps
+    assert module.steps_of(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0, float("inf"), float("nan")])
+def test_minutes_must_be_above_0(tmp_path: Path, minutes: float) -> None:
+    with pytest.raises(ElitError, match="must be above 0, and finite"):
+        module.quickstart(tmp_path, minutes=minutes)
 
 
 def test_page_shows_every_picture_and_number(out: Path) -> None:

@@ -276,6 +276,8 @@ def test_steps_may_change_while_that_changes_no_learning_rate(tmp_path: Path) ->
     constant = OptimizerConfig("adamw", warmup_steps=5)
     for steps in (3, 6):
         Trainer(config(tmp_path / "constant", steps=steps, optimizer=constant)).run_to_end()
+    with pytest.raises(ElitError, match=r"steps is 3, and .*step-00000006 has done 6 already"):
+        Trainer(config(tmp_path / "constant", steps=3, optimizer=constant))
 
 
 def test_two_processes_in_one_directory(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`elit quickstart`: trains a small elastic model on scenes of digits and shows what each budget costs and gives."""
 
+import math
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -31,6 +32,7 @@ from elit.models import Model
 from elit.models.files import checkpoints, load
 from elit.seeding import generator, normal, permutation
 from elit.training import ElasticConfig, ModelChoice, OptimizerConfig, TrainConfig, Trainer
+from elit.training.state import CONFIG_FILE
 
 BUDGETS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 GUIDANCE: dict[str, Guidance | None] = {
@@ -126,10 +128,18 @@ def measure_attention(model: Model, held_out: Data) -> tuple[dict[str, Any], tup
 # ------------------------------------------------------------------------------------------------ the run
 
 
+def steps_of(run: str) -> int | None:
+    """Returns the number of steps that a run was started for; None where there is no run."""
+    import yaml
+
+    file = Path(run) / CONFIG_FILE
+    return (yaml.safe_load(file.read_text()) or {}).get("steps") if checkpoints(run) and file.exists() else None
+
+
 def steps_for(minutes: float, config: TrainConfig) -> int:
     """Estimates how many steps fit into minutes of training, from the time of a few."""
-    if minutes <= 0:
-        raise ElitError(f"minutes is {minutes}; it must be above 0")
+    if not 0 < minutes < math.inf:
+        raise ElitError(f"minutes is {minutes}; it must be above 0, and finite")
     with tempfile.TemporaryDirectory() as folder:
         trial = iter(Trainer(replace(config, out=folder, steps=30)))
         for _ in range(10):
@@ -147,7 +157,8 @@ def quickstart(out: Path = Path("runs/quickstart"), minutes: float | None = None
 
     Args:
         out: folder for the run, results.json, pictures and report.html.
-        minutes: about how long to train; by default 1200 steps, three to five minutes on two cores.
+        minutes: about how long to train; by default 1200 steps, three to five minutes on two cores. A run that is in
+            the folder already keeps its number of steps.
         seed: seed of everything random.
 
     Raises:
@@ -162,7 +173,7 @@ def quickstart(out: Path = Path("runs/quickstart"), minutes: float | None = None
     out = Path(out)
     config = replace(RECIPE, out=str(out / "run"), seed=seed)
     if minutes is not None:
-        config = replace(config, steps=steps_for(minutes, config))
+        config = replace(config, steps=steps_of(config.out) or steps_for(minutes, config))
     train, held_out = scenes(), scenes(held_out=True)
 
     trainer = Trainer(config, train)

@@ -270,8 +270,13 @@ def with_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> d
 
 def _check_schedule(config: OptimizerConfig, step: int, before: int, steps: int, checkpoint: Path) -> None:
     """Raises:
-    ElitError: with another number of steps, the decay has brought the learning rate somewhere else by now.
+    ElitError: there are more steps already; or with another number of them, the decay has brought the learning rate
+        somewhere else by now.
     """
+    if step > steps:
+        raise ElitError(
+            f"steps is {steps}, and {checkpoint} has done {step} already; give at least as many, or another out"
+        )
     was, would_be = lr_factor(config, step, before), lr_factor(config, step, steps)
     if was != would_be:
         raise ElitError(
