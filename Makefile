@@ -5,7 +5,7 @@ JOBS ?= 2  # processes that run tests
 
 .PHONY: quickstart demo test test-all lint clean
 
-quickstart: $(VENV)/.installed  ## train a small elastic model on scenes of real digits and open the trade-off (5 minutes)
+quickstart: $(VENV)/.installed  ## train a small elastic model on scenes of real digits and open the trade-off (6 minutes)
 	OMP_WAIT_POLICY=ACTIVE $(BIN)/elit quickstart --out runs/quickstart
 
 demo: $(VENV)/.installed  ## serve the model of the quickstart, which is trained first where there is none (3 minutes)

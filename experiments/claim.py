@@ -14,6 +14,7 @@ quarter, half and all of the training.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from elit.training import ElasticConfig
 
 FIELDS = {"width": 64, "depth": 8, "num_heads": 4, "label_std": 1.0, "positions": "rotary"}
 TRAIN, HELD_OUT = 8000, 1024  # mosaics; the latter of 2x2 scenes, and fewer of more
-SCORED = (POINTS // 4, POINTS // 2, POINTS)  # points of a curve after which samples are scored
+QUARTERS = (1, 2, 4)  # of a training, after which samples are scored
 Scores = Mapping[str, Sequence[Mapping[str, Sequence[float]]]]
 
 
@@ -90,15 +91,15 @@ def mosaics(side: int, held_out: bool = False) -> ImageData:
 
 
 def judge_all(curves: Mapping[str, Sequence[Curve]], judge: Judge, samples: int, guidance: float) -> Scores:
-    """Scores samples of every training at the points SCORED, from the same noise, at its highest budget."""
+    """Scores samples of every training after its QUARTERS, from the same noise, at its highest budget."""
     labels = torch.arange(samples) % 10
     found: dict[str, list[dict[str, list[float]]]] = {}
     for name, of_seeds in curves.items():
         for curve in of_seeds:
             qualities = []
-            for checkpoint in checkpoints(curve):
+            for folder in snapshots(curve):
                 images = elit.sample(
-                    elit.load(checkpoint),
+                    elit.load(folder),
                     labels,
                     seeds=range(samples),
                     steps=16,
@@ -118,15 +119,15 @@ def judge_all(curves: Mapping[str, Sequence[Curve]], judge: Judge, samples: int,
     return found
 
 
-def checkpoints(curve: Curve) -> list[Path]:
-    """Returns the checkpoints of a training at the points SCORED."""
-    of_points = sorted(Path(curve.run, "checkpoints").glob("step-*"))
-    return [of_points[point - 1] for point in SCORED]
+def snapshots(curve: Curve) -> list[Path]:
+    """Returns the folders of the weights after the QUARTERS of a training."""
+    after = sorted(Path(curve.run, "snapshots").glob("step-*"))
+    return [after[quarter - 1] for quarter in QUARTERS]
 
 
 def print_scores(scores: Scores, title: str) -> None:
-    """Prints Frechet distances at the points SCORED, the last one beside the plain transformer's, and accuracy."""
-    after = [f"after {point}/{POINTS}" for point in SCORED[:-1]]
+    """Prints Frechet distances after the QUARTERS, the last one beside the plain transformer's, and accuracy."""
+    after = [f"after {quarter}/4" for quarter in QUARTERS[:-1]]
     table = Table("variant", *after, "at the end", "above plain", "accuracy", title=title, title_justify="left")
 
     def at_end(name: str) -> list[float]:
@@ -146,8 +147,8 @@ def plot_claim(curves: Mapping[str, Sequence[Curve]], scores: Scores, path: Path
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2))
     drawn = {name: of_seeds for name, of_seeds in curves.items() if VARIANTS[name].shown}
     draw_losses(left, drawn)
-    for (name, of_seeds), (colour, marker) in zip(drawn.items(), STYLES, strict=False):
-        flops = [of_seeds[0].flops[point - 1] for point in SCORED]
+    for (name, of_seeds), (colour, marker) in zip(drawn.items(), cycle(STYLES), strict=False):
+        flops = [of_seeds[0].flops[quarter * POINTS // 4 - 1] for quarter in QUARTERS]
         distances = [interval(d) for d in zip(*(each["Frechet distance"] for each in scores[name]), strict=True)]
         style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "capsize": 3, "elinewidth": 1}
         right.errorbar(flops, [m for m, _ in distances], yerr=[half for _, half in distances], **style)
@@ -194,7 +195,7 @@ def run(
         out: where trainings, figure and numbers are kept.
     """
     scale = Scale(mosaics(side), mosaics(side, held_out=True), FIELDS, 4, steps, batch_size, out)
-    report(train_all(scale, VARIANTS, names or list(VARIANTS), seeds), scale, samples, guidance)
+    report(train_all(scale, VARIANTS, list(VARIANTS) if names is None else names, seeds), scale, samples, guidance)
 
 
 if __name__ == "__main__":

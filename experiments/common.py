@@ -28,14 +28,16 @@ from photographs import photographs
 DIGITS = replace(
     RECIPE,
     data="digits",
+    steps=1200,
     batch_size=64,
+    checkpoint_every=400,
     model=ModelChoice(
         "ELIT-DiT-S/2",
         {name: value for name, value in RECIPE.model.fields.items() if name != "variant"} | {"positions": "sincos"},
     ),
     elit=ElasticConfig(group_size=4, min_mask_prob=0.0, max_mask_prob=0.9375),
 )
-"""``configs/train/digits.yaml``: the quickstart's recipe, but with learned latents, one budget a step and a table of
+"""``configs/train/digits.yaml``: the quickstart's optimizer, with learned latents, one budget a step and a table of
 positions."""
 
 
@@ -98,7 +100,7 @@ def train(
     """
     fields = {"width": setting.width, "num_heads": setting.width // 16}
     scale = f"width-{setting.width}-steps-{setting.steps}"
-    config = replace(  # the quickstart's recipe, with half its batch
+    config = replace(  # of digits.yaml, with half its batch
         DIGITS, out=str(setting.out / scale / variant.name / f"seed-{seed}"), data="photographs",
         model=ModelChoice(model, {**DIGITS.model.fields, **fields, **variant.fields}), elit=variant.elit,
         steps=setting.steps, batch_size=32, seed=seed, checkpoint_every=setting.steps,

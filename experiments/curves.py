@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -88,6 +89,11 @@ class Scale:
     out: Path
     recipe: TrainConfig = field(default_factory=lambda: RECIPE)
 
+    @property
+    def name(self) -> str:
+        """Of the folder of its trainings: what is trained at another scale is another training."""
+        return f"{self.train.shape[-1]}px-batch-{self.batch_size}-steps-{self.steps}"
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -161,21 +167,23 @@ def config_of(scale: Scale, variants: Mapping[str, Variant], name: str, seed: in
     """Returns the training of a variant, which has the FLOPs of so many steps of the plain transformer."""
     variant = variants[name]
     model_name = f"{'DiT' if variant.elit is None else 'ELIT-DiT'}-S/{scale.patch_size}"
-    folder = name.replace(",", "").replace(" ", "-").replace("/", "-")
+    folder = scale.out / scale.name / name.replace(",", "").replace(" ", "-").replace("/", "-")
     config = replace(
-        scale.recipe, out=str(scale.out / folder / f"seed-{seed}"), data="(in memory)", batch_size=scale.batch_size,
+        scale.recipe, out=str(folder / f"seed-{seed}"), data="(in memory)", batch_size=scale.batch_size,
         model=ModelChoice(model_name, {**scale.fields, **variant.fields}), elit=variant.elit or ElasticConfig(),
         optimizer=replace(scale.recipe.optimizer, **variant.optimizer), seed=seed,
     )  # fmt: skip
     flops, levels = forward_flops(scale, config, variant)
     plain = Variant(elit=None)
     of_plain = flops
-    if variant.elit is not None:
+    if variant != plain:
         of_plain, _ = forward_flops(scale, config_of(scale, {"": plain}, "", seed), plain)
     every = max(1, round(scale.steps * of_plain / flops) // POINTS)
     budgets = [budget for budget in BUDGETS if levels and round(budget * levels[1]) in levels[0]]
     validation = ValidationConfig(every=every, budgets=budgets or None, samples=1024, images=0)
-    return replace(config, steps=every * POINTS, validation=validation, checkpoint_every=every, keep_checkpoints=POINTS)
+    return replace(
+        config, steps=every * POINTS, validation=validation, checkpoint_every=every, snapshot_every=every * POINTS // 4
+    )
 
 
 def forward_flops(
@@ -254,6 +262,14 @@ def train_all(
     unknown = [name for name in names if name not in variants]
     if unknown:
         raise SystemExit(f"no variant is named {unknown[0]!r}; there are {', '.join(variants)}")
+    if not names or seeds < 1 or scale.steps < POINTS:
+        raise SystemExit(
+            f"names are {names}, seeds {seeds} and steps {scale.steps}; give a name, a seed and {POINTS} steps"
+        )
+    for name in names:
+        wanted = config_of(scale, variants, name, 0).elit.levels_per_step
+        if wanted > scale.batch_size:
+            raise SystemExit(f"{name} has {wanted} levels in a step of batch_size {scale.batch_size}; raise it")
     curves: dict[str, list[Curve]] = {name: [] for name in names}
     for seed in range(seeds):
         for name in curves:
@@ -283,7 +299,7 @@ def plot_curves(curves: Mapping[str, Sequence[Curve]], variants: Mapping[str, Va
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2))
     drawn = [name for name in curves if variants[name].shown] or list(curves)
     draw_losses(left, {name: curves[name] for name in drawn})
-    for number, (name, (colour, marker)) in enumerate(zip(drawn, STYLES, strict=False)):
+    for number, (name, (colour, marker)) in enumerate(zip(drawn, cycle(STYLES), strict=False)):
         of_seeds = curves[name]
         budgets = [budget for budget in BUDGETS if f"{budget:g}" in of_seeds[0].losses]
         if len(budgets) > 1:
@@ -302,7 +318,7 @@ def plot_curves(curves: Mapping[str, Sequence[Curve]], variants: Mapping[str, Va
 
 def draw_losses(axes: Axes, curves: Mapping[str, Sequence[Curve]]) -> None:
     """Draws the mean loss at the highest budget over training FLOPs, from the second point on."""
-    for (name, of_seeds), (colour, marker) in zip(curves.items(), STYLES, strict=False):
+    for (name, of_seeds), (colour, marker) in zip(curves.items(), cycle(STYLES), strict=False):
         highest = list(of_seeds[0].losses)[-1]
         means = [mean(losses) for losses in zip(*(curve.losses[highest] for curve in of_seeds), strict=True)]
         axes.plot(of_seeds[0].flops[1:], means[1:], color=colour, marker=marker, markersize=4, label=name)

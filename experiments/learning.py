@@ -3,7 +3,7 @@
     python experiments/learning.py                                  # docs/results/learning.md
     python experiments/learning.py --names '[plain, learned/2]' --seeds 1
 
-Every training sees scenes, with the quickstart's recipe and half its batch. Pieces of the whole can run one by one.
+Every training sees scenes, with the recipe and batch of the quickstart. Pieces of the whole can run one by one.
 
 Names: where latents begin (`learned` vectors, or `anchored` to tokens), then how many levels share a step: 1 is one
 drawn at random, 2 adds full budget, 3 the lowest too, 32 is one for every sample; `full` trains full budget alone, and
@@ -16,6 +16,7 @@ have a table added instead, and only the core of an ELIT has rotary ones.
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -152,14 +153,15 @@ def probe(model: Transformer, level: int) -> dict[str, float]:
 def follow(scale: Scale, name: str) -> list[dict[str, float]]:
     """Probes a training of seed 0 over its first steps, at full budget."""
     config = replace(config_of(scale, VARIANTS, name, 0), validation=ValidationConfig(), checkpoint_every=10**6)
-    trainer = Trainer(replace(config, out=config.out + "-probed"), scale.train)
-    assert isinstance(trainer.model, Transformer)
-    rows = [{"step": 0.0, **probe(trainer.model, trainer.model.num_latents)}]
-    for report in trainer:
-        if report.step in PROBED:
-            rows.append({"step": report.step, **probe(trainer.model, trainer.model.num_latents)})
-        if report.step == PROBED[-1]:
-            break
+    with TemporaryDirectory() as folder:
+        trainer = Trainer(replace(config, out=folder), scale.train)
+        assert isinstance(trainer.model, Transformer)
+        rows = [{"step": 0.0, **probe(trainer.model, trainer.model.num_latents)}]
+        for report in trainer:
+            if report.step in PROBED:
+                rows.append({"step": report.step, **probe(trainer.model, trainer.model.num_latents)})
+            if report.step == PROBED[-1]:
+                break
     return rows
 
 
@@ -182,7 +184,7 @@ def run(
         out: where trainings, figure and numbers are kept.
     """
     scale = Scale(scenes(), scenes(held_out=True), FIELDS, 4, steps, batch_size, out)
-    curves = train_all(scale, VARIANTS, names or list(VARIANTS), seeds)
+    curves = train_all(scale, VARIANTS, list(VARIANTS) if names is None else names, seeds)
     print_curves(curves, "held-out loss at the end")
     plot_curves(curves, VARIANTS, out / "learning.png")
     followed = {name: follow(scale, name) for name in ("learned/1", "anchored/1")} if probes else {}

@@ -70,4 +70,6 @@ def test_page_shows_every_picture_and_number(out: Path) -> None:
     assert [[row[1], row[2], row[9]] for row in cells if len(row) == 11] == expected
     qualities = [row for rows in results["quality"].values() for row in rows] + list(results["references"].values())
     assert [row[4] for row in cells if len(row) == 5] == [f"{row['frechet_distance']:.2f}" for row in qualities]
+    share, above = costs[2]["flops_ratio"], losses[2]["loss"] / losses[-1]["loss"] - 1
+    assert f"takes {share:.0%} of the FLOPs" in page and f"the held-out loss is {abs(above):.0%}" in page
     assert ["samples", f"{results['copying']['samples']:.3f}"] in [row[:2] for row in cells]

@@ -45,14 +45,42 @@ def scale(tmp_path_factory: pytest.TempPathFactory) -> Scale:
     return Scale(few(scenes()), few(scenes(held_out=True)), FIELDS, 4, 40, 4, out)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "anchored/1, full first"])
+@pytest.mark.parametrize("name", [*NAMES, "anchored/1, full first", "plain, 8 blocks"])
 def test_every_training_has_the_flops_of_the_plain_one(scale: Scale, name: str) -> None:
-    """Steps are whole, and a multiple of the points of a curve: of 40 steps that is a fifth at the most."""
-    config = config_of(scale, learning.VARIANTS, name, 0)
-    variant = learning.VARIANTS[name]
-    plain = learning.VARIANTS["plain"]
-    of_plain = forward_flops(scale, config_of(scale, learning.VARIANTS, "plain", 0), plain)[0] * 40
-    assert forward_flops(scale, config, variant)[0] * config.steps == pytest.approx(of_plain, rel=0.2)
+    """Steps are a multiple of the points of a curve: of some 800 steps that is at most a hundredth."""
+    longer, plain = replace(scale, steps=800), learning.VARIANTS["plain"]
+    variant, config = learning.VARIANTS[name], config_of(longer, learning.VARIANTS, name, 0)
+    of_plain = forward_flops(longer, config_of(longer, learning.VARIANTS, "plain", 0), plain)[0] * 800
+    assert forward_flops(longer, config, variant)[0] * config.steps == pytest.approx(of_plain, rel=0.015)
+
+
+@pytest.mark.parametrize(
+    ("names", "seeds", "steps", "said"),
+    [
+        (["learned/9"], 1, 40, "no variant is named 'learned/9'"),
+        ([], 1, 40, r"names are \[\]"),
+        (["plain"], 0, 40, "seeds 0"),
+        (["plain"], 1, 7, "steps 7"),
+        (["plain", "anchored/32"], 1, 40, "32 levels in a step of batch_size 4"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_first(
+    scale: Scale, tmp_path: Path, names: list[str], seeds: int, steps: int, said: str
+) -> None:
+    with pytest.raises(SystemExit, match=said):
+        train_all(replace(scale, steps=steps, out=tmp_path), learning.VARIANTS, names, seeds)
+    assert not list(tmp_path.iterdir())
+
+
+def test_trainings_of_other_scales_have_other_folders(scale: Scale, tmp_path: Path) -> None:
+    there = replace(scale, out=tmp_path)
+    for other in (there, replace(there, steps=16), replace(there, batch_size=2)):
+        assert len(train(other, learning.VARIANTS, "plain", 0).losses["1"]) == 8
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "32px-batch-4-steps-40",
+        "32px-batch-4-steps-16",
+        "32px-batch-2-steps-40",
+    }
 
 
 def test_full_budget_can_come_first(scale: Scale, tmp_path: Path) -> None:
@@ -188,8 +216,8 @@ def test_the_claim_is_judged_at_the_highest_budget(scale: Scale, monkeypatch: py
     written = json.loads((scale.out / "claim.json").read_text())
     assert set(written["samples"]) == set(names)
     ((ends,), (others,)) = (written["samples"][name] for name in names)
-    assert len(ends["Frechet distance"]) == len(claim.SCORED)
-    assert len({*ends["Frechet distance"], *others["Frechet distance"]}) == 2 * len(claim.SCORED)  # each its weights'
+    assert len(ends["Frechet distance"]) == len(claim.QUARTERS)
+    assert len({*ends["Frechet distance"], *others["Frechet distance"]}) == 2 * len(claim.QUARTERS)  # each its weights'
     assert curves["learned, to 1/4"][0].final(1.0) is None
     assert (scale.out / "claim.png").stat().st_size > 0
 
@@ -201,7 +229,7 @@ def test_at_scale_runs_in_pieces(
     sizes = {
         "width": 16,
         "depth": 4,
-        "steps": 8,
+        "steps": 20,  # and 8 at 128 pixels
         "batch_size": 4,
         "compile": False,
         "out": tmp_path,

@@ -20,8 +20,8 @@ from torch import Tensor
 from elit.atomic import atomic_file
 
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
-SKY, PURPLE = "#56B4E9", "#CC79A7"
-STYLES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (VERMILION, "D"), (SKY, "v"), (PURPLE, "P")]
+SKY, PURPLE, BLACK = "#56B4E9", "#CC79A7", "#000000"
+STYLES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (VERMILION, "D"), (SKY, "v"), (PURPLE, "P"), (BLACK, "X")]
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,

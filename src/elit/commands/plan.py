@@ -308,7 +308,8 @@ def print_choice(console: Console, choice: dict[str, Any], cost: CostKind) -> No
     console.print(
         f"chosen: {choice['chosen']}; score: {choice['score']} of {choice['num_samples']:,} samples, less is better; "
         "above the best: ± standard error of the difference, of the same noise. Candidates within 1 standard error of "
-        "the best are equally good, and the one of least predicted error is taken; those beyond 3 are dropped early"
+        "the best are equally good: one budget for all steps comes first, then the least predicted error. Those beyond "
+        "3 are dropped early"
     )
 
 

@@ -74,12 +74,12 @@ RECIPE = TrainConfig(
         decay="linear",
         decay_from=0.5,
     ),
-    steps=1200,
-    batch_size=48,
+    steps=2100,
+    batch_size=32,
     ema_decay=0.99,
     precision="fp32",
     log_every=20,
-    checkpoint_every=400,
+    checkpoint_every=700,
     keep_checkpoints=1,
 )
 """``configs/train/scenes.yaml`` says the same."""
@@ -157,7 +157,7 @@ def quickstart(out: Path = Path("runs/quickstart"), minutes: float | None = None
 
     Args:
         out: folder for the run, results.json, pictures and report.html.
-        minutes: about how long to train; by default 1200 steps, three to five minutes on two cores. A run that is in
+        minutes: about how long to train; by default 2100 steps, three to five minutes on two cores. A run that is in
             the folder already keeps its number of steps.
         seed: seed of everything random.
 

@@ -131,6 +131,18 @@ th { font-weight: 600; vertical-align: bottom; } td:first-child, th:first-child 
 """
 
 
+def conclusion(results: dict[str, Any]) -> str:
+    """Says in a sentence what a quarter of the latents costs and gives."""
+    index = next(i for i, row in enumerate(results["costs"]) if row["budget"] == 1 / 4)
+    cost, losses = results["costs"][index], results["held_out_loss"]
+    above = losses[index]["loss"] / losses[-1]["loss"] - 1
+    return (
+        f"With a quarter of the latents a forward takes {cost['flops_ratio']:.0%} of the FLOPs and "
+        f"{cost['latency_ratio']:.0%} of the time of all of them, and the held-out loss is {abs(above):.0%} "
+        f"{'higher' if above >= 0 else 'lower'}."
+    )
+
+
 def page(out: Path, results: dict[str, Any]) -> str:
     """The HTML of the report; figures are read from ``out``."""
 
@@ -149,6 +161,7 @@ def page(out: Path, results: dict[str, Any]) -> str:
 <p class="lead">An elastic diffusion transformer with {training["parameters"] / 1e6:.2f} M parameters, trained on scenes
 of real handwritten digits for {config["steps"]:,} steps{time}. Each column below is the
 same model and the same noise; only the fraction of latents in use differs.</p>
+<p class="lead">{conclusion(results)}</p>
 <div class="row grids">{grids}</div>
 <h2>What each budget costs</h2>
 <div class="row">{figure("budget-cost", "FLOPs and latency against budget")}
@@ -161,10 +174,16 @@ FLOPs do. The loss is on held-out scenes with the same noise for every budget. 1
 <div class="row">{figure("quality-frechet-distance", "Frechet distance against cost")}
 {figure("quality-accuracy", "class accuracy against cost")}</div>
 {quality_table(results)}
+<p><b>Class accuracy</b> is how often a classifier sees the digit that was asked for, <b>Frechet distance</b> how far
+the features of samples are from those of real images, so that less is better. <b>CFG</b> (classifier-free guidance)
+moves every step away from what the model would do without a class, and <b>CCFG</b> from what it would do without one at
+its lowest budget, which costs less.</p>
 <p>{protocol["samples_per_setting"]:,} samples per row, {protocol["sampling_steps"]} Euler steps, guidance scale
 {protocol["guidance_scale"]:g}; features: {escape(protocol["features"])}.</p>
 <h2>Samples and training images</h2>{copying_table(results)}
-<p>Medians over {protocol["samples_per_setting"]:,} samples, root mean square of pixels in [-1, 1].</p>
+<p>Medians over {protocol["samples_per_setting"]:,} samples, root mean square of pixels in [-1, 1]. Samples that were
+copies of whole training images would be far nearer to them than held-out images are. Single digits may still be copies
+in another place, which this does not see.</p>
 <h2>Where the latents look</h2>{figure("attention", "Read attention beside the loss of every token")}
 <p>Attention that each token receives from the latents of its window, and its loss, both averaged over noises at
 t = 0.5, on held-out scenes. Bars: rank correlation of the two within an image, and as a control with the attention of

@@ -51,8 +51,8 @@ class Judge:
         self.real = moments(torch.cat([classify(classifier, data.batch(part)[0])[1] for part in parts]))
 
     def __call__(self, images: Tensor, labels: Tensor) -> Quality:
-        """Judges images (M, C, H, W) that were asked for as labels (M,)."""
-        predicted, features = classify(self.classifier, images)
+        """Judges images (M, C, H, W) that were asked for as labels (M,), as pictures show them: cut to [-1, 1]."""
+        predicted, features = classify(self.classifier, images.clamp(-1, 1))
         accuracy = (predicted == labels).float().mean().item()
         return Quality(accuracy, frechet_distance(moments(features), self.real))
 
