@@ -7,7 +7,16 @@ from scipy.stats import spearmanr
 from elit import ElitError, create
 from elit.analysis import attention_maps, rank_correlation
 from elit.data import digits8
-from elit.evaluation import classify, frechet_distance, held_out_loss, moments, nearest_distance, train_classifier
+from elit.evaluation import (
+    Classifier,
+    Judge,
+    classify,
+    frechet_distance,
+    held_out_loss,
+    moments,
+    nearest_distance,
+    train_classifier,
+)
 from elit.flow import TimeDensity
 from elit.models import DiT
 
@@ -99,3 +108,13 @@ def test_attention_maps_need_an_interface() -> None:
     plain = create("DiT-S/2", input_size=8, in_channels=1, width=32, num_heads=2, depth=1)
     with pytest.raises(ElitError, match="need a model with a latent interface"):
         attention_maps(plain, torch.randn(1, 1, 8, 8), torch.tensor([1]), 0.5, torch.randn(1, 1, 8, 8))
+
+
+def test_a_judge_sees_samples_as_pictures_show_them() -> None:
+    """As the Frechet judge does, whose images are bytes."""
+    data = digits8(held_out=True)
+    judge = Judge(Classifier(1, 10).eval(), data)
+    images, labels = data.batch(torch.arange(100))
+    beyond = 1.5 * images
+    assert judge(beyond, labels) == judge(beyond.clamp(-1, 1), labels)
+    assert judge(0.5 * images, labels) != judge(images, labels)
