@@ -99,7 +99,7 @@ def judge_all(curves: Mapping[str, Sequence[Curve]], judge: Judge, samples: int,
             qualities = []
             for folder in snapshots(curve):
                 images = elit.sample(
-                    elit.load(folder),
+                    elit.load(folder, device="auto"),
                     labels,
                     seeds=range(samples),
                     steps=16,

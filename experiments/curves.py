@@ -45,7 +45,7 @@ POINTS = 8  # of a curve
 
 @dataclass(frozen=True)
 class Variant:
-    """What is trained.
+    """What is trained. Trainings are kept by its name, so one that is changed needs another name.
 
     Attributes:
         fields: of the model, beside those of the scale.

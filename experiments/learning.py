@@ -6,9 +6,9 @@
 Every training sees scenes, with the recipe and batch of the quickstart. Pieces of the whole can run one by one.
 
 Names: where latents begin (`learned` vectors, or `anchored` to tokens), then how many levels share a step: 1 is one
-drawn at random, 2 adds full budget, 3 the lowest too, 32 is one for every sample; `full` trains full budget alone, and
-`full first` does so in the first half of the steps. `self-distilled` adds the distance from the model's own answer at
-full budget. `rates` are those of learning, of Muon and AdamW, for all layers or the interface alone; with `whole
+drawn at random, 2 adds full budget, 3 the lowest too, 32 is a level for every sample; `full` trains full budget alone,
+and `full first` does so in the first half of the steps. `self-distilled` adds the distance from the model's own answer
+at full budget. `rates` are those of learning, of Muon and AdamW, for all layers or the interface alone; with `whole
 matrices` Muon takes queries, keys and values for one matrix. Positions are rotary in all blocks; with `sincos` tokens
 have a table added instead, and only the core of an ELIT has rotary ones.
 """
