@@ -8,14 +8,16 @@ of a part are made when its last training is complete; those of the claim also s
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from jsonargparse import auto_cli
 
 import claim
 import learning
-from curves import OutOfTimeError, Scale, plot_curves, print_curves, train_all, write_curves
+from curves import OutOfTimeError, Scale, Variant, train_all
 from elit.commands.quickstart import RECIPE
 from elit.training import OptimizerConfig
 
@@ -57,20 +59,18 @@ def run(
     large = Scale(
         claim.mosaics(4), claim.mosaics(4, True), fields, 4, 2 * steps // 5, batch_size // 2, out / "128px", recipe
     )
-    parts = ((small, learning.VARIANTS, LEARNING), (large, claim.VARIANTS, CLAIM))
+    report_claim = partial(claim.report, samples=samples, guidance=2.0)
+    parts: tuple[tuple[Scale, dict[str, Variant], tuple[str, ...], Callable[..., None]], ...] = (
+        (small, learning.VARIANTS, LEARNING, learning.report),
+        (large, claim.VARIANTS, CLAIM, report_claim),
+    )
     until = None if minutes is None else time.monotonic() + 60 * minutes
     try:
-        for scale, variants, names in parts:
+        for scale, variants, names, report in parts:
             own = {
                 name: v if v.elit is None else replace(v, fields={**v.fields, **split}) for name, v in variants.items()
             }
-            curves = train_all(scale, own, names, SEEDS, until)
-            if variants is claim.VARIANTS:
-                claim.report(curves, scale, samples, guidance=2.0)
-            else:
-                print_curves(curves, "held-out loss at the end")
-                plot_curves(curves, own, scale.out / "learning.png")
-                write_curves(curves, scale.out / "learning.json")
+            report(train_all(scale, own, names, SEEDS, until), scale)
     except OutOfTimeError:
         print("the minutes are over; the same command goes on")
 

@@ -1,9 +1,9 @@
 """Is an ELIT better than a plain transformer of the same size at equal training FLOPs? Loss and samples over FLOPs.
 
     python experiments/claim.py
-    python experiments/claim.py --steps 640 --batch_size 16 --names '[plain, "learned, to 1/4"]'
+    python experiments/claim.py --steps 1280 --batch_size 8 --samples 200 --names '[plain, "learned, to 1/4"]'
 
-The second is in docs/results/claim.md.
+The second is in docs/results/claim.md, with other batches and sizes.
 
 The data are mosaics: by default 2x2 scenes of one class, each empty in half of all cases, 64x64 pixels in 256 tokens.
 So there is much redundancy: large empty regions beside dense ones. Quality is the Frechet distance of samples in the
@@ -32,6 +32,7 @@ from curves import (
     Curve,
     Scale,
     Variant,
+    draw_intervals,
     draw_losses,
     plot_curves,
     print_curves,
@@ -93,20 +94,14 @@ def mosaics(side: int, held_out: bool = False) -> ImageData:
 def judge_all(curves: Mapping[str, Sequence[Curve]], judge: Judge, samples: int, guidance: float) -> Scores:
     """Scores samples of every training after its QUARTERS, from the same noise, at its highest budget."""
     labels = torch.arange(samples) % 10
+    settings: dict[str, Any] = {
+        "seeds": range(samples), "steps": 16, "guidance": elit.Guidance("cfg", guidance), "batch_size": 100,
+    }  # fmt: skip
     found: dict[str, list[dict[str, list[float]]]] = {}
     for name, of_seeds in curves.items():
         for curve in of_seeds:
-            qualities = []
-            for folder in snapshots(curve):
-                images = elit.sample(
-                    elit.load(folder, device="auto"),
-                    labels,
-                    seeds=range(samples),
-                    steps=16,
-                    guidance=elit.Guidance("cfg", guidance),
-                    batch_size=100,
-                )
-                qualities.append(judge(images.cpu(), labels))
+            models = [elit.load(folder, device="auto") for folder in snapshots(curve)]
+            qualities = [judge(elit.sample(model, labels, **settings).cpu(), labels) for model in models]
             scores = {
                 "Frechet distance": [quality.frechet_distance for quality in qualities],
                 "accuracy": [quality.accuracy for quality in qualities],
@@ -125,6 +120,11 @@ def snapshots(curve: Curve) -> list[Path]:
     return [after[quarter - 1] for quarter in QUARTERS]
 
 
+def distances(of_seeds: Sequence[Mapping[str, Sequence[float]]]) -> list[tuple[float, float]]:
+    """Returns the Frechet distances after the QUARTERS, as means and 95 % half-widths over seeds."""
+    return [interval(d) for d in zip(*(of_seed["Frechet distance"] for of_seed in of_seeds), strict=True)]
+
+
 def print_scores(scores: Scores, title: str) -> None:
     """Prints Frechet distances after the QUARTERS, the last one beside the plain transformer's, and accuracy."""
     after = [f"after {quarter}/4" for quarter in QUARTERS[:-1]]
@@ -134,10 +134,9 @@ def print_scores(scores: Scores, title: str) -> None:
         return [of_seed["Frechet distance"][-1] for of_seed in scores[name]]
 
     for name, of_seeds in scores.items():
-        distances = [interval(d) for d in zip(*(of_seed["Frechet distance"] for of_seed in of_seeds), strict=True)]
         beside = shown(above(at_end(name), at_end("plain")), 1, "+") if "plain" in scores and name != "plain" else ""
         accuracy = shown(interval(of_seed["accuracy"][-1] for of_seed in of_seeds), 3)
-        table.add_row(name, *(shown(each, 1) for each in distances), beside, accuracy)
+        table.add_row(name, *(shown(each, 1) for each in distances(of_seeds)), beside, accuracy)
     Console(width=120).print(table)
 
 
@@ -149,9 +148,7 @@ def plot_claim(curves: Mapping[str, Sequence[Curve]], scores: Scores, path: Path
     draw_losses(left, drawn)
     for (name, of_seeds), (colour, marker) in zip(drawn.items(), cycle(STYLES), strict=False):
         flops = [of_seeds[0].flops[quarter * POINTS // 4 - 1] for quarter in QUARTERS]
-        distances = [interval(d) for d in zip(*(each["Frechet distance"] for each in scores[name]), strict=True)]
-        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "capsize": 3, "elinewidth": 1}
-        right.errorbar(flops, [m for m, _ in distances], yerr=[half for _, half in distances], **style)
+        draw_intervals(right, flops, distances(scores[name]), colour, marker)
     right.set_xlabel("training FLOPs")
     right.set_ylabel("Frechet distance of samples")
     right.set_ylim(bottom=0)

@@ -267,7 +267,7 @@ def train_all(
             f"names are {names}, seeds {seeds} and steps {scale.steps}; give a name, a seed and {POINTS} steps"
         )
     for name in names:
-        wanted = config_of(scale, variants, name, 0).elit.levels_per_step
+        wanted = (variants[name].elit or ElasticConfig()).levels_per_step
         if wanted > scale.batch_size:
             raise SystemExit(f"{name} has {wanted} levels in a step of batch_size {scale.batch_size}; raise it")
     curves: dict[str, list[Curve]] = {name: [] for name in names}
@@ -304,9 +304,8 @@ def plot_curves(curves: Mapping[str, Sequence[Curve]], variants: Mapping[str, Va
         budgets = [budget for budget in BUDGETS if f"{budget:g}" in of_seeds[0].losses]
         if len(budgets) > 1:
             ends = [interval(curve.losses[f"{budget:g}"][-1] for curve in of_seeds) for budget in budgets]
-            style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "capsize": 3, "elinewidth": 1}
             beside = [budget * 1.06 ** (number - len(drawn) / 2) for budget in budgets]  # no interval is hidden
-            right.errorbar(beside, [m for m, _ in ends], yerr=[half for _, half in ends], **style)
+            draw_intervals(right, beside, ends, colour, marker)
         else:
             right.axhline(mean(curve.best for curve in of_seeds), color=colour, linewidth=1, linestyle="--")
     right.set_xscale("log", base=2)
@@ -324,6 +323,14 @@ def draw_losses(axes: Axes, curves: Mapping[str, Sequence[Curve]]) -> None:
         axes.plot(of_seeds[0].flops[1:], means[1:], color=colour, marker=marker, markersize=4, label=name)
     axes.set_xlabel("training FLOPs")
     axes.set_ylabel("held-out loss at the highest budget")
+
+
+def draw_intervals(
+    axes: Axes, x: Sequence[float], intervals: Sequence[tuple[float, float]], colour: str, marker: str
+) -> None:
+    """Draws means with their 95 % intervals."""
+    means, half_widths = zip(*intervals, strict=True)
+    axes.errorbar(x, means, half_widths, color=colour, marker=marker, markersize=4, capsize=3, elinewidth=1)
 
 
 def save_with_legend(figure: Figure, path: Path) -> None:

@@ -13,6 +13,7 @@ matrices` Muon takes queries, keys and values for one matrix. Positions are rota
 have a table added instead, and only the core of an ELIT has rotary ones.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from curves import Scale, Variant, config_of, plot_curves, print_curves, train_all, write_curves
+from curves import Curve, Scale, Variant, config_of, plot_curves, print_curves, train_all, write_curves
 from elit.commands.quickstart import RECIPE
 from elit.data import scenes
 from elit.flow import flow_matching_loss, path_named
@@ -165,6 +166,19 @@ def follow(scale: Scale, name: str) -> list[dict[str, float]]:
     return rows
 
 
+def report(curves: Mapping[str, Sequence[Curve]], scale: Scale, probes: bool = False) -> None:
+    """Prints tables of losses and probes, and writes figure and numbers."""
+    print_curves(curves, "held-out loss at the end")
+    plot_curves(curves, VARIANTS, scale.out / "learning.png")
+    followed = {name: follow(scale, name) for name in ("learned/1", "anchored/1")} if probes else {}
+    for name, rows in followed.items():
+        table = Table(*rows[0], title=name, title_justify="left")
+        for row in rows:
+            table.add_row(*(f"{value:.3g}" for value in row.values()))
+        Console(width=160).print(table)
+    write_curves(curves, scale.out / "learning.json", probes=followed)
+
+
 def run(
     names: list[str] | None = None,
     seeds: int = 3,
@@ -185,15 +199,7 @@ def run(
     """
     scale = Scale(scenes(), scenes(held_out=True), FIELDS, 4, steps, batch_size, out)
     curves = train_all(scale, VARIANTS, list(VARIANTS) if names is None else names, seeds)
-    print_curves(curves, "held-out loss at the end")
-    plot_curves(curves, VARIANTS, out / "learning.png")
-    followed = {name: follow(scale, name) for name in ("learned/1", "anchored/1")} if probes else {}
-    for name, rows in followed.items():
-        table = Table(*rows[0], title=name, title_justify="left")
-        for row in rows:
-            table.add_row(*(f"{value:.3g}" for value in row.values()))
-        Console(width=160).print(table)
-    write_curves(curves, out / "learning.json", probes=followed)
+    report(curves, scale, probes)
 
 
 if __name__ == "__main__":

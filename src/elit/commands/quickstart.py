@@ -32,7 +32,7 @@ from elit.models import Model
 from elit.models.files import checkpoints, load
 from elit.seeding import generator, normal, permutation
 from elit.training import ElasticConfig, ModelChoice, OptimizerConfig, TrainConfig, Trainer
-from elit.training.state import CONFIG_FILE
+from elit.training.state import read_config
 
 BUDGETS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 GUIDANCE: dict[str, Guidance | None] = {
@@ -130,10 +130,7 @@ def measure_attention(model: Model, held_out: Data) -> tuple[dict[str, Any], tup
 
 def steps_of(run: str) -> int | None:
     """Returns the number of steps that a run was started for; None where there is no run."""
-    import yaml
-
-    file = Path(run) / CONFIG_FILE
-    return (yaml.safe_load(file.read_text()) or {}).get("steps") if checkpoints(run) and file.exists() else None
+    return read_config(Path(run)).get("steps") if checkpoints(run) else None
 
 
 def steps_for(minutes: float, config: TrainConfig) -> int:

@@ -214,7 +214,6 @@ def check_resume(run: Path, config: RunConfig) -> Path | None:
         ElitError: ``resume`` has none, or the run was started by an earlier version or with another setting, or its
             learning rate would jump.
     """
-    import yaml
 
     checkpoint, own = checkpoint_to_resume(run, config.resume), latest(run)
     if own is None:
@@ -229,7 +228,7 @@ def check_resume(run: Path, config: RunConfig) -> Path | None:
         return checkpoint
     settings, defaults = _as_yaml(config), _defaults_of(config)
     # A setting that came with a later version of the library had its default.
-    before = with_defaults(yaml.safe_load((run / CONFIG_FILE).read_text()) or {}, defaults)
+    before = with_defaults(read_config(run), defaults)
     for key in sorted(settings.keys() - MUTABLE_ON_RESUME):
         if before[key] != settings[key]:
             raise ElitError(
@@ -246,6 +245,14 @@ def write_config(run: Path, config: RunConfig) -> None:
 
     with atomic_file(run / CONFIG_FILE) as temporary:
         temporary.write_text(yaml.safe_dump(_as_yaml(config), sort_keys=False))
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """Reads a run's configuration; nothing where there is none."""
+    import yaml
+
+    file = run / CONFIG_FILE
+    return yaml.safe_load(file.read_text()) or {} if file.exists() else {}
 
 
 def _as_yaml(config: RunConfig) -> dict[str, Any]:
